@@ -1,0 +1,304 @@
+"""The parameter adapter: reads a source matrix and proposes new values for a target matrix.
+
+MergeNet, arXiv 2404.13322, section 3.2. The order of this file is the order of the paper: the MLP adapter (Eq. 2),
+attention between unfolded matrices (LPKA, Eq. 6), knowledge transfer layers (Eq. 3), then what surrounds them all:
+the scale of what goes in and comes out. Matrices are whatever is exchanged, whole weights or factors A (Eq. 4-5).
+
+Shape suffixes: n, m rows and columns of the target; N, M of the source; for one attention T query tokens of width C,
+S source tokens of width E, H heads of width D.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+COMPACT_WIDTH = 64
+PUBLISHED_MLP_WIDTH = 1024
+TINY = 1e-8
+"""Floor of a standard deviation, far below that of any weight: a constant row stays finite."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is made of; the defaults are ours, the published form is `width="published",
+    input="raw", output="layernorm"`."""
+
+    kind: Literal["lpka", "mlp", "aligned"] = "lpka"
+    """Attention over unfoldings (Eq. 6), two perceptrons (Eq. 2), or one linear map along a shared token axis."""
+    layers: int = 2
+    """Knowledge transfer layers (L)."""
+    heads: int = 8
+    width: Literal["compact", "published"] = "compact"
+    """`compact`: inner width 64 whatever the matrices; `published`: it grows with them (37.6M parameters for
+    160x960 <- 100x2048)."""
+    unfold: Literal["all", "individual"] = "all"
+    """All four row/column unfoldings, or (row, row) alone (Table 7, "Individual Attn")."""
+    weights: Literal["learned", "average"] = "learned"
+    """omega of Eq. 6: a learned softmax over the unfoldings, or their plain mean (Table 7, "Avg Attn")."""
+    joint: bool = False
+    """Layers update both streams (Eq. 3); otherwise every layer reads the source as it came."""
+    input: Literal["standardise", "raw"] = "standardise"
+    """Give source and target zero mean and unit variance first: raw weights (std about 0.02) leave the attention
+    uniform and the proposal blind to the source."""
+    output: Literal["restore", "layernorm"] = "restore"
+    """`restore`: the target's own row means and scales, mixed in by a learned gate; `layernorm`: the last stream
+    itself overwrites the target, as published (LPKA's ends in a LayerNorm, the other kinds' is raw)."""
+    gate: float = 0.12
+    """Where the learned mixing weight of `restore` starts; 0 proposes a pretrained target unchanged."""
+    dropout: float = 0.1
+    """On attention probabilities."""
+    ff_dropout: float = 0.2
+
+
+class MLP(nn.Module):
+    """The MLP adapter, W_s = xi2(xi1(W_l)^T) (Eq. 2): widths M -> m, transpose, lengths N -> n, transpose.
+
+    It never looks at the target's values.
+    """
+
+    def __init__(self, config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]):
+        super().__init__()
+        (n, m), (N, M) = target_shape, source_shape
+        hidden = COMPACT_WIDTH if config.width == "compact" else PUBLISHED_MLP_WIDTH
+        self.xi1 = nn.Sequential(nn.Linear(M, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, m))
+        self.xi2 = nn.Sequential(nn.Linear(N, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, n))
+
+    def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
+        stream_Nm = self.xi1(source_NM)
+        return self.xi2(stream_Nm.T).T
+
+
+class Aligned(nn.Module):
+    """Our own: token i of the target reads token i of the source through one learned matrix.
+
+    Meant for matrices whose rows (else columns) stand for the same things: classes, a vocabulary, a model's width.
+    """
+
+    def __init__(self, target_shape: tuple[int, int], source_shape: tuple[int, int]):
+        super().__init__()
+        (n, m), (N, M) = target_shape, source_shape
+        if n != N and m != M:
+            raise ValueError(
+                f"adapter kind 'aligned' needs equal rows or equal columns, and {n}x{m} <- {N}x{M} share neither: "
+                "choose other weights, mode 'full', or kind 'lpka'."
+            )
+        self.by_row = n == N
+        self.map = nn.Linear(M, m, bias=False) if self.by_row else nn.Linear(N, n, bias=False)
+        nn.init.orthogonal_(self.map.weight)
+
+    def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
+        return self.map(source_NM) if self.by_row else self.map(source_NM.T).T
+
+
+class CrossAttention(nn.Module):
+    """Attn of Eq. 6: tokens of the target query tokens of the source; then residual and LayerNorm.
+
+    Token counts and widths of the two sides are free. The head width is computed, not configured: published, it is
+    max(floor((C + E) / 2), 128) // H.
+    """
+
+    def __init__(self, config: AdapterConfig, query_width: int, source_width: int):
+        super().__init__()
+        inner = COMPACT_WIDTH if config.width == "compact" else max((query_width + source_width) // 2, 128)
+        if config.heads > inner:
+            raise ValueError(
+                f"adapter.heads {config.heads} is above the adapter's inner width {inner}: choose 1 to {inner} heads."
+            )
+        self.heads = config.heads
+        self.head_width = inner // config.heads
+        inner = self.heads * self.head_width
+        self.query = nn.Linear(query_width, inner)
+        self.key = nn.Linear(source_width, inner)
+        self.value = nn.Linear(source_width, inner)
+        self.out = nn.Linear(inner, query_width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(query_width, eps=1e-12)
+
+    def forward(self, query_TC: Tensor, source_SE: Tensor) -> Tensor:
+        q_HTD = self.split(self.query(query_TC))
+        k_HSD = self.split(self.key(source_SE))
+        v_HSD = self.split(self.value(source_SE))
+        # Written out, not fused: kernels differ in where their dropout draws from and in the order of their sums.
+        scores_HTS = q_HTD @ k_HSD.mT / math.sqrt(self.head_width)
+        mixed_HTD = self.dropout(scores_HTS.softmax(-1)) @ v_HSD
+        return self.norm(query_TC + self.out(mixed_HTD.transpose(0, 1).flatten(1)))
+
+    def split(self, x_TI: Tensor) -> Tensor:
+        """(T, H*D) -> (H, T, D)."""
+        return x_TI.unflatten(-1, (self.heads, self.head_width)).transpose(0, 1)
+
+
+UNFOLDINGS = (("row", "row"), ("row", "column"), ("column", "row"), ("column", "column"))
+"""(target, source): tokens are the rows (phi_R) or the columns (phi_L) of a matrix; the order of omega."""
+
+
+class LPKA(nn.Module):
+    """Low-rank parametric knowledge adapter (Eq. 6): A_s <- sum_i omega_i Attn(phi(A_s), phi(A_l), phi(A_l))."""
+
+    def __init__(self, config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]):
+        super().__init__()
+        (n, m), (N, M) = target_shape, source_shape
+        self.unfoldings = UNFOLDINGS if config.unfold == "all" else UNFOLDINGS[:1]
+        self.attentions = nn.ModuleList(
+            CrossAttention(config, m if target == "row" else n, M if source == "row" else N)
+            for target, source in self.unfoldings
+        )
+        count = len(self.unfoldings)
+        # A single unfolding has nothing to weigh, and a logit without a gradient is no parameter.
+        self.omega_logits: nn.Parameter | None
+        learned = config.weights == "learned" and count > 1
+        self.register_parameter("omega_logits", nn.Parameter(torch.zeros(count)) if learned else None)
+
+    def omega(self) -> Tensor:
+        """The weights of the unfoldings in use, in the order of `UNFOLDINGS`; they sum to 1."""
+        if self.omega_logits is not None:
+            return self.omega_logits.softmax(0)
+        like = self.attentions[0].out.weight
+        return like.new_full((len(self.unfoldings),), 1 / len(self.unfoldings))
+
+    def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
+        parts = []
+        for (target, source), attention in zip(self.unfoldings, self.attentions, strict=True):
+            tokens_SE = source_NM if source == "row" else source_NM.T
+            parts.append(
+                attention(target_nm, tokens_SE) if target == "row" else attention(target_nm.T, tokens_SE).T
+            )
+        return torch.einsum("i,inm->nm", self.omega(), torch.stack(parts))
+
+
+class TransferStep(nn.Module):
+    """LPKA and a feed-forward over the rows, each with residual and LayerNorm: half of a knowledge transfer layer."""
+
+    def __init__(self, config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]):
+        super().__init__()
+        m = target_shape[1]
+        self.lpka = LPKA(config, target_shape, source_shape)
+        if config.width == "compact":
+            widen, narrow = nn.Linear(m, COMPACT_WIDTH), nn.Linear(COMPACT_WIDTH, m)
+        else:
+            widen, narrow = spectral_norm(nn.Linear(m, 2 * m)), spectral_norm(nn.Linear(2 * m, m))
+        self.feed_forward = nn.Sequential(widen, nn.GELU("tanh"), narrow, nn.Dropout(config.ff_dropout))
+        self.norm = nn.LayerNorm(m, eps=1e-12)
+
+    def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
+        mixed_nm = self.lpka(target_nm, source_NM)
+        return self.norm(mixed_nm + self.feed_forward(mixed_nm))
+
+
+class TransferLayers(nn.Module):
+    """L knowledge transfer layers (Eq. 3).
+
+    With `joint`, a layer computes both new streams from both old ones; the last one leaves the source's out, which
+    nothing would read.
+    """
+
+    def __init__(self, config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]):
+        super().__init__()
+        updates = config.layers - 1 if config.joint else 0
+        self.to_target = nn.ModuleList(
+            TransferStep(config, target_shape, source_shape) for _ in range(config.layers)
+        )
+        self.to_source = nn.ModuleList(
+            TransferStep(config, source_shape, target_shape) for _ in range(updates)
+        )
+
+    def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
+        for i, to_target in enumerate(self.to_target):
+            new_nm = to_target(target_nm, source_NM)
+            if i < len(self.to_source):
+                source_NM = self.to_source[i](source_NM, target_nm)
+            target_nm = new_nm
+        return target_nm
+
+
+class Adapter(nn.Module):
+    """proposal_nm = adapter(target_nm, source_NM).
+
+    Takes any floating-point type, computes in that of its parameters (fp32 unless converted) whatever autocast says,
+    and returns it. In train mode dropout draws from torch's global generator: the proposal is a function of inputs,
+    parameters and that generator's state.
+
+    With `restore`, the last stream is brought to the target's own row means and standard deviations (G), and
+    proposal = target + g (G - target) with g = tanh of a learned number: at g = 0 the proposal is the target to the
+    bit, and g itself still receives a gradient.
+    """
+
+    def __init__(self, config: AdapterConfig, body: nn.Module):
+        super().__init__()
+        self.config = config
+        self.body = body
+        self.gate: nn.Parameter | None
+        restore = config.output == "restore"
+        start = torch.tensor(math.atanh(config.gate)) if restore else None
+        self.register_parameter("gate", None if start is None else nn.Parameter(start))
+
+    def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
+        dtype = next(self.body.parameters()).dtype
+        target_nm, source_NM = target_nm.to(dtype), source_NM.to(dtype)
+        with torch.autocast(target_nm.device.type, enabled=False):
+            if self.config.input == "raw":
+                stream_nm = self.body(target_nm, source_NM)
+            else:
+                stream_nm = self.body(standardise(target_nm), standardise(source_NM))
+            if self.gate is None:
+                return stream_nm
+            std_n1, mean_n1 = torch.std_mean(target_nm.detach(), 1, correction=0, keepdim=True)
+            restored_nm = standardise(stream_nm, dim=1) * std_n1 + mean_n1
+            return target_nm + self.gate.tanh() * (restored_nm - target_nm)
+
+    def omega(self) -> list[Tensor]:
+        """omega of every layer's update of the target, detached, each (4,) in the order of `UNFOLDINGS` (0 where an
+        unfolding is not used); empty for kinds without attention."""
+        if not isinstance(self.body, TransferLayers):
+            return []
+        used = [step.lpka.omega().detach() for step in self.body.to_target]
+        return [F.pad(omega, (0, len(UNFOLDINGS) - len(omega))) for omega in used]
+
+    def gate_value(self) -> Tensor:
+        """The mixing weight g, a detached scalar; 1 where the output overwrites the target."""
+        if self.gate is None:
+            return next(self.body.parameters()).new_ones(())
+        return self.gate.detach().tanh()
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def standardise(x: Tensor, dim: int | None = None) -> Tensor:
+    """Zero mean and unit (population) variance, over all of `x` or along `dim`."""
+    std, mean = torch.std_mean(x, dim, correction=0, keepdim=True)
+    return (x - mean) / std.clamp_min(TINY)
+
+
+def build_adapter(
+    config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]
+) -> Adapter:
+    """An adapter for a target of (n, m) and a source of (N, M), initialised from torch's global generator.
+
+    Raises ValueError where the configuration cannot be built: layers or heads below 1, more heads than inner width,
+    a gate outside (-1, 1), a dropout outside [0, 1), kind `aligned` without equal rows or columns.
+    """
+    for option, count in (("layers", config.layers), ("heads", config.heads)):
+        if count < 1:
+            raise ValueError(f"adapter.{option} is {count}: choose 1 or more.")
+    if not -1 < config.gate < 1:
+        raise ValueError(
+            f"adapter.gate {config.gate} is a tanh: choose a value between -1 and 1, both excluded."
+        )
+    for option, p in (("dropout", config.dropout), ("ff_dropout", config.ff_dropout)):
+        if not 0 <= p < 1:
+            raise ValueError(
+                f"adapter.{option} {p} is no probability of dropping: choose 0 or more, below 1."
+            )
+    if config.kind == "mlp":
+        return Adapter(config, MLP(config, target_shape, source_shape))
+    if config.kind == "aligned":
+        return Adapter(config, Aligned(target_shape, source_shape))
+    return Adapter(config, TransferLayers(config, target_shape, source_shape))
