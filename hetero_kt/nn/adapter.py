@@ -1,11 +1,12 @@
 """The parameter adapter: reads a source matrix and proposes new values for a target matrix.
 
-MergeNet, arXiv 2404.13322, section 3.2. The order of this file is the order of the paper: the MLP adapter (Eq. 2),
-attention between unfolded matrices (LPKA, Eq. 6), knowledge transfer layers (Eq. 3), then what surrounds them all:
-the scale of what goes in and comes out. Matrices are whatever is exchanged, whole weights or factors A (Eq. 4-5).
+MergeNet, arXiv 2404.13322, section 3.2. The order of this file is the order of the paper: the MLP adapter
+(Eq. 2), attention between unfolded matrices (LPKA, Eq. 6), knowledge transfer layers (Eq. 3), then what surrounds
+them all: the scale of what goes in and comes out. Matrices are whatever is exchanged, whole weights or factors A
+(Eq. 4, 5).
 
-Shape suffixes: n, m rows and columns of the target; N, M of the source; for one attention T query tokens of width C,
-S source tokens of width E, H heads of width D.
+Shape suffixes: n, m rows and columns of the target; N, M of the source; within one attention T query tokens of
+width C, S source tokens of width E, H heads of width D.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class AdapterConfig:
     input="raw", output="layernorm"`."""
 
     kind: Literal["lpka", "mlp", "aligned"] = "lpka"
-    """Attention over unfoldings (Eq. 6), two perceptrons (Eq. 2), or one linear map along a shared token axis."""
+    """Attention over unfoldings (Eq. 6), two perceptrons (Eq. 2), or a linear map along a shared token axis."""
     layers: int = 2
     """Knowledge transfer layers (L)."""
     heads: int = 8
@@ -45,11 +46,11 @@ class AdapterConfig:
     joint: bool = False
     """Layers update both streams (Eq. 3); otherwise every layer reads the source as it came."""
     input: Literal["standardise", "raw"] = "standardise"
-    """Give source and target zero mean and unit variance first: raw weights (std about 0.02) leave the attention
-    uniform and the proposal blind to the source."""
+    """Give source and target zero mean and unit variance first: raw weights (std about 0.02) leave the
+    attention uniform and the proposal blind to the source."""
     output: Literal["restore", "layernorm"] = "restore"
-    """`restore`: the target's own row means and scales, mixed in by a learned gate; `layernorm`: the last stream
-    itself overwrites the target, as published (LPKA's ends in a LayerNorm, the other kinds' is raw)."""
+    """`restore`: the target's own row means and scales, mixed in by a learned gate; `layernorm`: the last
+    stream itself overwrites the target, as published (LPKA's ends in a LayerNorm, the other kinds' is raw)."""
     gate: float = 0.12
     """Where the learned mixing weight of `restore` starts; 0 proposes a pretrained target unchanged."""
     dropout: float = 0.1
@@ -78,7 +79,7 @@ class MLP(nn.Module):
 class Aligned(nn.Module):
     """Our own: token i of the target reads token i of the source through one learned matrix.
 
-    Meant for matrices whose rows (else columns) stand for the same things: classes, a vocabulary, a model's width.
+    Meant for matrices whose rows (else columns) stand for the same things: classes, a vocabulary, a width.
     """
 
     def __init__(self, target_shape: tuple[int, int], source_shape: tuple[int, int]):
@@ -86,8 +87,8 @@ class Aligned(nn.Module):
         (n, m), (N, M) = target_shape, source_shape
         if n != N and m != M:
             raise ValueError(
-                f"adapter kind 'aligned' needs equal rows or equal columns, and {n}x{m} <- {N}x{M} share neither: "
-                "choose other weights, mode 'full', or kind 'lpka'."
+                f"adapter.kind 'aligned' needs equal rows or equal columns, and {n}x{m} <- {N}x{M} share neither: "
+                "choose other weights, or adapter.kind 'lpka'."
             )
         self.by_row = n == N
         self.map = nn.Linear(M, m, bias=False) if self.by_row else nn.Linear(N, n, bias=False)
@@ -100,8 +101,8 @@ class Aligned(nn.Module):
 class CrossAttention(nn.Module):
     """Attn of Eq. 6: tokens of the target query tokens of the source; then residual and LayerNorm.
 
-    Token counts and widths of the two sides are free. The head width is computed, not configured: published, it is
-    max(floor((C + E) / 2), 128) // H.
+    Token counts and widths of the two sides are free. The head width follows from them: max((C + E) // 2, 128) // H
+    as published, 64 // H when compact.
     """
 
     def __init__(self, config: AdapterConfig, query_width: int, source_width: int):
@@ -109,7 +110,7 @@ class CrossAttention(nn.Module):
         inner = COMPACT_WIDTH if config.width == "compact" else max((query_width + source_width) // 2, 128)
         if config.heads > inner:
             raise ValueError(
-                f"adapter.heads {config.heads} is above the adapter's inner width {inner}: choose 1 to {inner} heads."
+                f"adapter.heads {config.heads} is above the inner width {inner}: choose 1 to {inner} heads."
             )
         self.heads = config.heads
         self.head_width = inner // config.heads
@@ -125,7 +126,7 @@ class CrossAttention(nn.Module):
         q_HTD = self.split(self.query(query_TC))
         k_HSD = self.split(self.key(source_SE))
         v_HSD = self.split(self.value(source_SE))
-        # Written out, not fused: kernels differ in where their dropout draws from and in the order of their sums.
+        # Written out, not fused: kernels differ in how their dropout draws and in the order of their sums.
         scores_HTS = q_HTD @ k_HSD.mT / math.sqrt(self.head_width)
         mixed_HTD = self.dropout(scores_HTS.softmax(-1)) @ v_HSD
         return self.norm(query_TC + self.out(mixed_HTD.transpose(0, 1).flatten(1)))
@@ -140,7 +141,9 @@ UNFOLDINGS = (("row", "row"), ("row", "column"), ("column", "row"), ("column", "
 
 
 class LPKA(nn.Module):
-    """Low-rank parametric knowledge adapter (Eq. 6): A_s <- sum_i omega_i Attn(phi(A_s), phi(A_l), phi(A_l))."""
+    """Low-rank parametric knowledge adapter, A_s <- sum_i omega_i Attn(phi(A_s), phi(A_l), phi(A_l)) (Eq. 6)."""
+
+    omega_logits: Tensor
 
     def __init__(self, config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]):
         super().__init__()
@@ -150,18 +153,15 @@ class LPKA(nn.Module):
             CrossAttention(config, m if target == "row" else n, M if source == "row" else N)
             for target, source in self.unfoldings
         )
-        count = len(self.unfoldings)
-        # A single unfolding has nothing to weigh, and a logit without a gradient is no parameter.
-        self.omega_logits: nn.Parameter | None
-        learned = config.weights == "learned" and count > 1
-        self.register_parameter("omega_logits", nn.Parameter(torch.zeros(count)) if learned else None)
+        logits = torch.zeros(len(self.unfoldings))
+        if config.weights == "learned" and len(logits) > 1:
+            self.omega_logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("omega_logits", logits, persistent=False)
 
     def omega(self) -> Tensor:
         """The weights of the unfoldings in use, in the order of `UNFOLDINGS`; they sum to 1."""
-        if self.omega_logits is not None:
-            return self.omega_logits.softmax(0)
-        like = self.attentions[0].out.weight
-        return like.new_full((len(self.unfoldings),), 1 / len(self.unfoldings))
+        return self.omega_logits.softmax(0)
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
         parts = []
@@ -174,16 +174,17 @@ class LPKA(nn.Module):
 
 
 class TransferStep(nn.Module):
-    """LPKA and a feed-forward over the rows, each with residual and LayerNorm: half of a knowledge transfer layer."""
+    """A knowledge transfer layer's update of one stream: LPKA, then a feed-forward over the rows."""
 
     def __init__(self, config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]):
         super().__init__()
         m = target_shape[1]
         self.lpka = LPKA(config, target_shape, source_shape)
-        if config.width == "compact":
-            widen, narrow = nn.Linear(m, COMPACT_WIDTH), nn.Linear(COMPACT_WIDTH, m)
-        else:
-            widen, narrow = spectral_norm(nn.Linear(m, 2 * m)), spectral_norm(nn.Linear(2 * m, m))
+        inner = COMPACT_WIDTH if config.width == "compact" else 2 * m
+        linears: list[nn.Module] = [nn.Linear(m, inner), nn.Linear(inner, m)]
+        if config.width == "published":
+            linears = [spectral_norm(linear) for linear in linears]
+        widen, narrow = linears
         self.feed_forward = nn.Sequential(widen, nn.GELU("tanh"), narrow, nn.Dropout(config.ff_dropout))
         self.norm = nn.LayerNorm(m, eps=1e-12)
 
@@ -195,8 +196,8 @@ class TransferStep(nn.Module):
 class TransferLayers(nn.Module):
     """L knowledge transfer layers (Eq. 3).
 
-    With `joint`, a layer computes both new streams from both old ones; the last one leaves the source's out, which
-    nothing would read.
+    With `joint`, a layer computes both new streams from both old ones; the last one leaves the source's out,
+    which nothing would read.
     """
 
     def __init__(self, config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]):
@@ -221,13 +222,13 @@ class TransferLayers(nn.Module):
 class Adapter(nn.Module):
     """proposal_nm = adapter(target_nm, source_NM).
 
-    Takes any floating-point type, computes in that of its parameters (fp32 unless converted) whatever autocast says,
-    and returns it. In train mode dropout draws from torch's global generator: the proposal is a function of inputs,
-    parameters and that generator's state.
+    Takes any floating-point type, computes in that of its parameters (fp32 unless converted) whatever autocast
+    says, and returns it. In train mode dropout draws from torch's global generator, and the published width's
+    spectral norms advance by one power iteration.
 
     With `restore`, the last stream is brought to the target's own row means and standard deviations (G), and
-    proposal = target + g (G - target) with g = tanh of a learned number: at g = 0 the proposal is the target to the
-    bit, and g itself still receives a gradient.
+    proposal = target + g (G - target) with g = tanh of a learned number: at g = 0 the proposal is the target to
+    the bit, and g itself still receives a gradient.
     """
 
     def __init__(self, config: AdapterConfig, body: nn.Module):
@@ -254,11 +255,13 @@ class Adapter(nn.Module):
             return target_nm + self.gate.tanh() * (restored_nm - target_nm)
 
     def omega(self) -> list[Tensor]:
-        """omega of every layer's update of the target, detached, each (4,) in the order of `UNFOLDINGS` (0 where an
-        unfolding is not used); empty for kinds without attention."""
+        """omega of every layer's update of the target, detached, each (4,) in the order of `UNFOLDINGS`.
+
+        0 stands where an unfolding is not used; the list is empty for kinds without attention.
+        """
         if not isinstance(self.body, TransferLayers):
             return []
-        used = [step.lpka.omega().detach() for step in self.body.to_target]
+        used = [lpka.omega().detach() for lpka in self.body.to_target.modules() if isinstance(lpka, LPKA)]
         return [F.pad(omega, (0, len(UNFOLDINGS) - len(omega))) for omega in used]
 
     def gate_value(self) -> Tensor:
@@ -282,21 +285,17 @@ def build_adapter(
 ) -> Adapter:
     """An adapter for a target of (n, m) and a source of (N, M), initialised from torch's global generator.
 
-    Raises ValueError where the configuration cannot be built: layers or heads below 1, more heads than inner width,
-    a gate outside (-1, 1), a dropout outside [0, 1), kind `aligned` without equal rows or columns.
+    Raises ValueError where the configuration cannot be built: layers or heads below 1, more heads than inner
+    width, a gate outside (-1, 1), a dropout outside [0, 1), kind `aligned` without equal rows or columns.
     """
     for option, count in (("layers", config.layers), ("heads", config.heads)):
         if count < 1:
             raise ValueError(f"adapter.{option} is {count}: choose 1 or more.")
     if not -1 < config.gate < 1:
-        raise ValueError(
-            f"adapter.gate {config.gate} is a tanh: choose a value between -1 and 1, both excluded."
-        )
+        raise ValueError(f"adapter.gate {config.gate} is a tanh: choose a value above -1 and below 1.")
     for option, p in (("dropout", config.dropout), ("ff_dropout", config.ff_dropout)):
         if not 0 <= p < 1:
-            raise ValueError(
-                f"adapter.{option} {p} is no probability of dropping: choose 0 or more, below 1."
-            )
+            raise ValueError(f"adapter.{option} {p} is no probability to drop: choose 0 or more, below 1.")
     if config.kind == "mlp":
         return Adapter(config, MLP(config, target_shape, source_shape))
     if config.kind == "aligned":
