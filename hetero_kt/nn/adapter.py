@@ -1,12 +1,12 @@
 """The parameter adapter: reads a source matrix and proposes new values for a target matrix.
 
 MergeNet, arXiv 2404.13322, section 3.2. The order of this file is the order of the paper: the MLP adapter
-(Eq. 2), attention between unfolded matrices (LPKA, Eq. 6), knowledge transfer layers (Eq. 3), then what surrounds
-them all: the scale of what goes in and comes out. Matrices are whatever is exchanged, whole weights or factors A
-(Eq. 4, 5).
+(Eq. 2), attention between unfolded matrices (LPKA, Eq. 6), knowledge transfer layers (Eq. 3), then what
+surrounds them all: the scale of what goes in and comes out. Matrices are whatever is exchanged, whole weights
+or factors A (Eq. 4, 5).
 
-Shape suffixes: n, m rows and columns of the target; N, M of the source; within one attention T query tokens of
-width C, S source tokens of width E, H heads of width D.
+Shape suffixes: n, m rows and columns of the target; N, M of the source; within one attention T query tokens
+of width C, S source tokens of width E, H heads of width D.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AdapterConfig:
     input="raw", output="layernorm"`."""
 
     kind: Literal["lpka", "mlp", "aligned"] = "lpka"
-    """Attention over unfoldings (Eq. 6), two perceptrons (Eq. 2), or a linear map along a shared token axis."""
+    """Attention over unfoldings (Eq. 6), two perceptrons (Eq. 2), or a linear map along a shared axis."""
     layers: int = 2
     """Knowledge transfer layers (L)."""
     heads: int = 8
@@ -50,7 +50,7 @@ class AdapterConfig:
     attention uniform and the proposal blind to the source."""
     output: Literal["restore", "layernorm"] = "restore"
     """`restore`: the target's own row means and scales, mixed in by a learned gate; `layernorm`: the last
-    stream itself overwrites the target, as published (LPKA's ends in a LayerNorm, the other kinds' is raw)."""
+    stream itself overwrites the target, as published (LPKA's ends in a LayerNorm, other kinds' is raw)."""
     gate: float = 0.12
     """Where the learned mixing weight of `restore` starts; 0 proposes a pretrained target unchanged."""
     dropout: float = 0.1
@@ -87,8 +87,8 @@ class Aligned(nn.Module):
         (n, m), (N, M) = target_shape, source_shape
         if n != N and m != M:
             raise ValueError(
-                f"adapter.kind 'aligned' needs equal rows or equal columns, and {n}x{m} <- {N}x{M} share neither: "
-                "choose other weights, or adapter.kind 'lpka'."
+                f"adapter.kind 'aligned' needs equal rows or equal columns, and {n}x{m} <- {N}x{M} share "
+                "neither: choose other weights, or adapter.kind 'lpka'."
             )
         self.by_row = n == N
         self.map = nn.Linear(M, m, bias=False) if self.by_row else nn.Linear(N, n, bias=False)
@@ -101,8 +101,8 @@ class Aligned(nn.Module):
 class CrossAttention(nn.Module):
     """Attn of Eq. 6: tokens of the target query tokens of the source; then residual and LayerNorm.
 
-    Token counts and widths of the two sides are free. The head width follows from them: max((C + E) // 2, 128) // H
-    as published, 64 // H when compact.
+    Token counts and widths of the two sides are free. The head width follows from them:
+    max((C + E) // 2, 128) // H as published, 64 // H when compact.
     """
 
     def __init__(self, config: AdapterConfig, query_width: int, source_width: int):
@@ -141,7 +141,7 @@ UNFOLDINGS = (("row", "row"), ("row", "column"), ("column", "row"), ("column", "
 
 
 class LPKA(nn.Module):
-    """Low-rank parametric knowledge adapter, A_s <- sum_i omega_i Attn(phi(A_s), phi(A_l), phi(A_l)) (Eq. 6)."""
+    """Low-rank parametric knowledge adapter: sum_i omega_i Attn(phi(A_s), phi(A_l), phi(A_l)) (Eq. 6)."""
 
     omega_logits: Tensor
 
@@ -222,23 +222,21 @@ class TransferLayers(nn.Module):
 class Adapter(nn.Module):
     """proposal_nm = adapter(target_nm, source_NM).
 
-    Takes any floating-point type, computes in that of its parameters (fp32 unless converted) whatever autocast
-    says, and returns it. In train mode dropout draws from torch's global generator, and the published width's
-    spectral norms advance by one power iteration.
+    Takes any floating-point type, computes in that of its parameters (fp32 unless converted) whatever
+    autocast says, and returns it. In train mode dropout draws from torch's global generator, and the
+    published width's spectral norms advance by one power iteration.
 
     With `restore`, the last stream is brought to the target's own row means and standard deviations (G), and
-    proposal = target + g (G - target) with g = tanh of a learned number: at g = 0 the proposal is the target to
-    the bit, and g itself still receives a gradient.
+    proposal = target + g (G - target) with g = tanh of a learned number: at g = 0 the proposal is the target
+    to the bit, and g itself still receives a gradient.
     """
 
     def __init__(self, config: AdapterConfig, body: nn.Module):
         super().__init__()
         self.config = config
         self.body = body
-        self.gate: nn.Parameter | None
         restore = config.output == "restore"
-        start = torch.tensor(math.atanh(config.gate)) if restore else None
-        self.register_parameter("gate", None if start is None else nn.Parameter(start))
+        self.gate = nn.Parameter(torch.tensor(math.atanh(config.gate))) if restore else None
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
         dtype = next(self.body.parameters()).dtype
