@@ -1,0 +1,118 @@
+"""All engines of a run under one tag, made valid by a marker written last; resume from the newest complete one.
+
+    checkpoints/<step>/<engine>/...   DeepSpeed's own files: weights, fp32 masters, moments
+    checkpoints/<step>/rank<k>.pt     what only rank k knows: its buffers and random state
+    checkpoints/<step>/method.pt      the method's own state (adapters, their optimizers)
+    checkpoints/<step>/DONE           written last: without it the folder does not count
+
+Saving changes no state: every rank's buffers are kept as they are, so a resumed run is bit-equal to an uninterrupted
+one. DeepSpeed loads its own files with pickle; ours are read as plain tensors, which runs no code.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from torch import nn
+
+
+def save(
+    folder: Path, step: int, engines: Mapping[str, DeepSpeedEngine], method_state: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write `folder/<step>`; collective. Older complete checkpoints beyond `keep` go, and so do torn ones."""
+    target = folder / str(step)
+    if (target / "DONE").exists():
+        return target
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+    dist.barrier()
+    for name, engine in engines.items():
+        # A change in what other engines wait for would hang: every rank saves every engine, in the same order.
+        engine.save_checkpoint(str(target), tag=name, save_latest=False)
+    mine = {
+        "buffers": {name: dict(engine.module.named_buffers()) for name, engine in engines.items()},
+        "random": random_state(),
+    }
+    torch.save(mine, target / f"rank{rank}.pt")
+    if rank == 0:
+        torch.save(dict(method_state), target / "method.pt")
+    dist.barrier()
+    if rank == 0:
+        (target / "DONE").write_text(f"step {step}, {dist.get_world_size()} ranks\n")
+        for old in complete(folder)[:-keep]:
+            (old / "DONE").unlink()  # first the marker: a kill in between must not leave half of a valid one
+            shutil.rmtree(old)
+    dist.barrier()
+    return target
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in folder.glob("*") if p.name.isdigit() and (p / "DONE").exists()]
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def load(path: Path, engines: Mapping[str, DeepSpeedEngine]) -> dict[str, Any]:
+    """Restore every engine, this rank's buffers and its random state; returns the method's state. Collective.
+
+    Raises:
+        ValueError: not a complete checkpoint, or one of another number of ranks.
+    """
+    if not (path / "DONE").exists():
+        raise ValueError(f"--resume: {path} is not a complete checkpoint (no DONE in it): name a complete one.")
+    saved_ranks = len(list(path.glob("rank*.pt")))
+    if saved_ranks != dist.get_world_size():
+        raise ValueError(
+            f"--resume: {path} was written by {saved_ranks} ranks and there are {dist.get_world_size()} now: "
+            f"start {saved_ranks}, or begin again with --resume never."
+        )
+    for name, engine in engines.items():
+        engine.load_checkpoint(str(path), tag=name)
+    mine = torch.load(path / f"rank{dist.get_rank()}.pt", weights_only=True, map_location="cpu")
+    for name, engine in engines.items():
+        restore_buffers(engine.module, mine["buffers"][name])
+    restore_random_state(mine["random"])
+    return torch.load(path / "method.pt", weights_only=True, map_location=next(iter(engines.values())).device)
+
+
+def restore_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Put `buffers` back in place, to the bit."""
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+def random_state() -> dict[str, Any]:
+    """Python's, NumPy's and torch's generators, as tensors and numbers."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss)],
+        "numpy_cached": float(cached),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Continue every generator from `random_state()`."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, state["numpy_cached"]))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

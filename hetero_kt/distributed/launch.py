@@ -1,0 +1,116 @@
+"""Ranks: found in the environment of deepspeed, torchrun or srun, or made up for one plain process; seeds; signals."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """True on the one rank that writes files and prints."""
+        return self.rank == 0
+
+
+def start() -> Ranks:
+    """Join the process group and return this process's place in it.
+
+    Looks for RANK (deepspeed, torchrun), then for a Slurm step, else starts a group of one. Nothing is compiled:
+    DeepSpeed would build its shared-memory op on CPU at the first start, minutes behind a file lock that a killed
+    start leaves behind for ever, so that op is switched off before anything can wait for it.
+    """
+    _fill_environment()
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    import deepspeed
+    from deepspeed.utils.logging import logger
+
+    logger.setLevel("WARNING")
+    if not cuda:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): "
+            "start one process per GPU."
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _fill_environment() -> None:
+    env = os.environ
+    if "RANK" in env:
+        env.setdefault("LOCAL_RANK", env["RANK"] if env.get("WORLD_SIZE") == env.get("LOCAL_WORLD_SIZE") else "0")
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", _first_slurm_host())
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    else:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
+        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(free_port())
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in env:
+            raise ValueError(f"RANK is set but {name} is not: start with deepspeed, torchrun or srun, or unset RANK.")
+
+
+def _first_slurm_host() -> str:
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+
+
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike; models start equal on all ranks when all use the same seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class StopSignal:
+    """Remembers USR1 and TERM; ranks agree before they act, so that all of them stop after the same step."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.received = max(self.received, number)
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any rank has received, 0 for none. Collective."""
+        flag = torch.tensor([self.received], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag.item())

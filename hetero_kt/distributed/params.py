@@ -1,0 +1,236 @@
+"""The gathered-parameter hook: read and write whole weights of models that ZeRO keeps in pieces.
+
+DeepSpeed keeps two copies of a trained weight: the one that forward uses, and an fp32 master inside the optimizer,
+which overwrites the first at every step. A write that misses either is lost silently, so `write` sets both, on every
+rank, without communication: each rank owns a known slice of a value that all ranks hold. `read` costs one gather for
+all the weights asked for. This is the only file that knows about the two copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import (
+    safe_get_full_grad,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+
+@dataclass
+class Traffic:
+    """What `read` moved between ranks, counted where it is sent."""
+
+    gathers: int = 0
+    bytes: int = 0
+    """Size of the gathered result: what every rank holds afterwards."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One trained parameter, with the engine (or the plain module and its optimizer) that owns it."""
+
+    owner: DeepSpeedEngine | nn.Module
+    parameter: nn.Parameter
+    optimizer: torch.optim.Optimizer | None = None
+    """Of a plain module; only needed to reset moments."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(getattr(self.parameter, "ds_shape", self.parameter.shape))
+
+
+def check_writable(weight: Weight, name: str) -> None:
+    """Raise ValueError, in one sentence, if `weight` cannot be written so that the write lasts."""
+    parameter, owner = weight.parameter, weight.owner
+    if not parameter.requires_grad:
+        raise ValueError(f"target {name} is frozen: transfer into a weight that is trained.")
+    if not isinstance(owner, DeepSpeedEngine):
+        return
+    if owner.zero_optimization_stage() == 0 and parameter.dtype != torch.float32:
+        raise ValueError(
+            f"target {name}: ZeRO stage 0 with {str(parameter.dtype).removeprefix('torch.')} parameters has no "
+            "master copy to write to: use ZeRO stage 1, or autocast."
+        )
+    offload = owner.zero_offload_param() if owner.zero_optimization_stage() == 3 else None
+    if offload is not None and str(offload.device) == "nvme":
+        raise ValueError(f"target {name}: parameters offloaded to NVMe cannot be written, offload them to cpu.")
+
+
+def read(weights: Sequence[Weight], traffic: Traffic | None = None) -> list[Tensor]:
+    """Whole fp32 copies of `weights`, equal on every rank, detached. Collective; one gather for all of them.
+
+    A weight stored in bf16 is read from its fp32 master, so that writing it back loses nothing.
+    """
+    values: list[Tensor | None] = [None] * len(weights)
+    sharded, mastered = [], []
+    for i, weight in enumerate(weights):
+        parameter = weight.parameter
+        low_precision = parameter.dtype in (torch.bfloat16, torch.float16) and parameter.requires_grad
+        if _partitioned(parameter):
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE and not low_precision:
+                values[i] = parameter.detach().float().clone()  # small ones stay whole on every rank
+            else:
+                sharded.append(i)
+        elif low_precision and hasattr(parameter, "_hp_mapping"):
+            mastered.append(i)
+        elif parameter.dtype == torch.float64:
+            values[i] = parameter.detach().clone()
+        else:
+            values[i] = parameter.detach().float().clone()
+    if sharded:
+        for i, value in zip(sharded, _gather([weights[i].parameter for i in sharded], traffic), strict=True):
+            values[i] = value
+    if mastered:
+        for i, value in zip(mastered, _gather_masters([weights[i].parameter for i in mastered], traffic), strict=True):
+            values[i] = value
+    return values  # type: ignore[return-value]
+
+
+def write(weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "keep") -> None:
+    """Set `weights` to `values` (whole, equal on every rank) in both copies; no communication.
+
+    Args:
+        moments: `keep` leaves the optimizer's state of a written weight as it is; `reset` zeroes it.
+    """
+    with torch.no_grad():
+        for weight, value in zip(weights, values, strict=True):
+            parameter = weight.parameter
+            if value.shape != weight.shape:
+                raise ValueError(f"a value of shape {tuple(value.shape)} does not fit {tuple(weight.shape)}.")
+            if _partitioned(parameter):
+                piece = _own_piece(parameter, value)
+                parameter.ds_tensor.data.copy_(piece)
+                if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                    parameter.data.copy_(value)
+                safe_set_local_fp32_param(parameter, piece.float())
+            else:
+                parameter.data.copy_(value)
+                if hasattr(parameter, "_hp_mapping"):
+                    safe_set_full_fp32_param(parameter, value.float())
+            if moments == "reset":
+                _reset_moments(weight)
+
+
+def gradients(weights: Sequence[Weight]) -> list[Tensor]:
+    """Whole gradients of `weights`, averaged over ranks; between the last backward and the step. Collective."""
+    result = []
+    for weight in weights:
+        parameter = weight.parameter
+        # DeepSpeed hands out a partial gradient where .grad is still there, so the reduced one is asked for by name.
+        if _partitioned(parameter):
+            gradient = parameter._z3_optimizer.get_fp32_grad_for_param(parameter)
+        elif hasattr(parameter, "_hp_mapping"):
+            gradient = parameter.get_full_hp_grad()
+        else:
+            gradient = safe_get_full_grad(parameter)
+        if gradient is None:
+            raise RuntimeError("no gradient to observe: call observe() after backward and before step.")
+        result.append(gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)).clone())
+    return result
+
+
+def _partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _gather(parameters: list[Any], traffic: Traffic | None) -> list[Tensor]:
+    """ZeRO-3 pieces -> whole fp32 tensors, in one all-gather."""
+    pieces = []
+    for parameter in parameters:
+        master = parameter.dtype != torch.float32 and parameter.requires_grad
+        piece = safe_get_local_fp32_param(parameter) if master else parameter.ds_tensor
+        pieces.append(piece.detach().reshape(-1).float())
+    group = parameters[0].ds_process_group
+    mine = torch.cat([piece.to(torch.device(_device_of(parameters[0]))) for piece in pieces])
+    everything = mine.new_empty((dist.get_world_size(group), mine.numel()))
+    dist.all_gather_into_tensor(everything.view(-1), mine, group=group)
+    if traffic is not None:
+        traffic.gathers += 1
+        traffic.bytes += everything.numel() * everything.element_size()
+    whole, start = [], 0
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        columns = everything[:, start : start + piece.numel()].reshape(-1)
+        whole.append(columns[: parameter.ds_numel].reshape(parameter.ds_shape).clone())
+        start += piece.numel()
+    return whole
+
+
+def _gather_masters(parameters: list[Any], traffic: Traffic | None) -> list[Tensor]:
+    """ZeRO-1/2 fp32 masters, of which each rank owns a fragment, in one all-reduce."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    start = 0
+    for parameter in parameters:
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            address = mapping.lp_fragment_address
+            own = flat.narrow(0, start + address.start, address.numel)
+            own.copy_(mapping.get_hp_fragment())
+        start += parameter.numel()
+    dist.all_reduce(flat, group=parameters[0]._dp_group)
+    if traffic is not None:
+        traffic.gathers += 1
+        traffic.bytes += flat.numel() * flat.element_size()
+    return [v.reshape(p.shape) for v, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)]
+
+
+def _own_piece(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's slice of `value`, zero-padded as ZeRO-3 pads when the size does not divide."""
+    size = parameter.ds_tensor.ds_numel
+    rank = dist.get_rank(parameter.ds_process_group)
+    flat = value.reshape(-1)
+    piece = flat[rank * size : (rank + 1) * size]
+    return nn.functional.pad(piece, (0, size - piece.numel()))
+
+
+def _device_of(parameter: Any) -> torch.device:
+    device = parameter.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _reset_moments(weight: Weight) -> None:
+    parameter: Any = weight.parameter
+    if _partitioned(parameter):
+        optimizer = parameter._z3_optimizer
+        group, *_ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        state = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
+        for key in _moments(state):
+            safe_set_local_optimizer_state(parameter, torch.zeros_like(parameter.ds_tensor, dtype=torch.float32), key)
+    elif hasattr(parameter, "_hp_mapping"):
+        mapping = parameter._hp_mapping
+        for key in mapping.get_optim_state_keys() if mapping is not None else []:
+            safe_set_full_optimizer_state(parameter, torch.zeros_like(parameter, dtype=torch.float32), key)
+    else:
+        owner = weight.owner
+        optimizer = owner.optimizer if isinstance(owner, DeepSpeedEngine) else weight.optimizer
+        if optimizer is None:
+            raise ValueError("moments='reset' on a plain module needs its optimizer: Site(..., optimizer=...).")
+        state = optimizer.state.get(parameter, {})
+        for key in _moments(state):
+            state[key].zero_()
+
+
+def _moments(state: dict[str, Any]) -> list[str]:
+    """Names of the per-element state; a step counter is not one."""
+    return [key for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 1]
+
+
+def state_dict(engine: DeepSpeedEngine | nn.Module) -> dict[str, Tensor]:
+    """The whole model as a plain state dict on the CPU, fp32 where it trains in bf16. Collective.
+
+    Gathers one parameter after another, so that no rank ever holds more than one of them besides its own pieces.
+    """
+    module = engine.module if isinstance(engine, DeepSpeedEngine) else engine
+    state = {name: read([Weight(engine, p)])[0].cpu() for name, p in module.named_parameters()}
+    kept = set(module.state_dict().keys())  # leaves out buffers that a state dict does not hold
+    return state | {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in kept}

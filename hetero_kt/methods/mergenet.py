@@ -1,0 +1,453 @@
+"""MergeNet (Li et al., arXiv 2404.13322): knowledge moves between the parameters of co-trained models.
+
+Read the weights -> adapt -> write -> step the models -> step the adapters. `Exchange` is that loop's three calls, for
+anybody's own training loop; `MergeNet` is the loop itself, over DeepSpeed engines. No gradient crosses models: an
+adapter learns from a vector-Jacobian product of its own proposal.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
+
+from hetero_kt.config import Control, Optim, Schedule
+from hetero_kt.distributed import params
+from hetero_kt.distributed.engine import build_optimizer, build_schedule
+from hetero_kt.nn import reencode
+from hetero_kt.nn.adapter import AdapterConfig, build_adapter
+
+BAD_IN_A_ROW = 5
+"""Transfers in a row with a non-finite proposal after which a run is given up."""
+
+
+class TransferDiverged(RuntimeError):
+    """An adapter has proposed NaN or Inf too often in a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One weight that takes part: of a DeepSpeed engine or of a plain module.
+
+    A layer that `reencode.factorise` has re-parametrised as W = BA exchanges its factor A, whatever `mode` says;
+    any other exchanges the whole matrix (`full`) or the A of a fresh decomposition at every transfer (`svd`).
+    """
+
+    model: DeepSpeedEngine | nn.Module
+    weight: str
+    mode: Literal["full", "svd"] = "full"
+    rank: int = 16
+    """Of `svd`."""
+    optimizer: torch.optim.Optimizer | None = None
+    """Of a plain module; only needed for `moments="reset"`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """Knowledge moves from `source` into `target` every `cycle` steps."""
+
+    source: Site
+    target: Site
+    cycle: int = 4
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optim: Optim = field(default_factory=lambda: Optim(name="adamw", lr=1e-3, weight_decay=1e-2, clip=50.0))
+    schedule: Schedule = field(default_factory=lambda: Schedule(name="constant"))
+    update: Literal["lookahead", "exact"] = "lookahead"
+    moments: Literal["keep", "reset"] = "keep"
+    name: str = ""
+
+
+class Exchange:
+    """The transfers of one run: `propose()`, forward and backward, `observe()`, step, `learn()`.
+
+    Args:
+        transfers: any number, in any directions; no two into the same weight.
+        control: `transfer`, or what stands in for it: `noise` (a fixed random source), `shuffled` (the source's rows
+            permuted), `frozen` (adapters never learn), `standardise` (the target's rows standardised, no adapter),
+            `none` (nothing is exchanged).
+        seed: of the adapters' initial values and dropout, the noise and the permutation. Must be equal on all ranks.
+        steps: training steps of the whole run, for the adapters' schedules; not needed by constant ones.
+
+    Raises:
+        ValueError: a site that does not exist or cannot take part, two transfers into one weight, `cycle` < 1.
+
+    Every call is collective. Adapters are plain modules, one copy a rank: their inputs are equal on all ranks, and so
+    are their gradients, so that keeping them equal costs no communication.
+    """
+
+    def __init__(
+        self, transfers: Sequence[Transfer], *, control: Control = "transfer", seed: int = 0, steps: int = 0
+    ) -> None:
+        self.control = control
+        self.traffic = params.Traffic()
+        self.step = 0
+        self.paths = [_Path(transfer, control, seed, steps) for transfer in transfers]
+        taken: dict[tuple[int, str | None], str] = {}
+        for path in self.paths:
+            key = (id(path.target.weight.parameter), path.target.part)
+            if key in taken:
+                raise ValueError(
+                    f"transfers {taken[key]} and {path.name} write the same weight {path.transfer.target.weight}: "
+                    "give one of them another target."
+                )
+            taken[key] = path.name
+        self._due: list[_Path] = []
+
+    def propose(self) -> None:
+        """Before the forward: read every site that is due in one gather, adapt, then write (Eq. 3, 6, 7)."""
+        self._due = [p for p in self.paths if self.control != "none" and self.step % p.transfer.cycle == 0]
+        self.step += 1
+        if not self._due:
+            return
+        started = time.perf_counter()
+        for path in self._due:
+            path.raise_if_diverged()
+        sides = [path.source for path in self._due] + [path.target for path in self._due]
+        unique = {id(side.weight.parameter): side.weight for side in sides}
+        whole = dict(zip(unique, params.read(list(unique.values()), self.traffic), strict=True))
+        for path in self._due:
+            source, target = (whole[id(side.weight.parameter)] for side in (path.source, path.target))
+            path.propose(source, target, self.step - 1)
+        for parameter, paths in _by_target(self._due).items():
+            value = whole[parameter]
+            for path in paths:  # the thirds of one fused projection may each be a target
+                value = path.written(value)
+            path = paths[0]
+            params.write([path.target.weight], [value.to(path.target.weight.parameter.dtype)], path.transfer.moments)
+        self._spent = time.perf_counter() - started
+
+    def observe(self) -> None:
+        """Between backward and step: keep the gradient that `exact` learns from; nothing to do otherwise."""
+        due = [path for path in self._due if path.transfer.update == "exact" and path.learns]
+        if due:
+            for path, gradient in zip(due, params.gradients([p.target.weight for p in due]), strict=True):
+                path.observe(gradient)
+
+    def learn(self) -> dict[str, Tensor]:
+        """After the steps: see where the optimizers took the proposals, update the adapters, say what happened.
+
+        Returns one scalar tensor per measurement, `<transfer>/<name>`; empty when no transfer was due.
+        """
+        due, self._due = self._due, []
+        if not due:
+            return {}
+        started = time.perf_counter()
+        unique = {id(path.target.weight.parameter): path.target.weight for path in due}
+        after = dict(zip(unique, params.read(list(unique.values()), self.traffic), strict=True))
+        log = {}
+        for path in due:
+            for name, value in path.learn(after[id(path.target.weight.parameter)]).items():
+                log[f"{path.name}/{name}"] = value
+        log["transfer_seconds"] = torch.tensor(self._spent + time.perf_counter() - started)
+        return log
+
+    def adapters(self) -> dict[str, nn.Module]:
+        """The adapter of each transfer, by the transfer's name."""
+        return {path.name: path.adapter for path in self.paths if path.adapter is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, in plain tensors and numbers."""
+        return {"step": self.step, "paths": {path.name: path.state_dict() for path in self.paths}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()` of an exchange with the same transfers."""
+        self.step = state["step"]
+        for path in self.paths:
+            path.load_state_dict(state["paths"][path.name])
+
+
+_Put = Callable[[Tensor, Tensor], Tensor]
+_See = Callable[[Tensor], Tensor]
+
+
+class _Side:
+    """A site resolved: which parameter travels, and how it is seen as a matrix."""
+
+    def __init__(self, site: Site) -> None:
+        module = site.model.module if isinstance(site.model, DeepSpeedEngine) else site.model
+        reference = reencode.find_weight(module, site.weight)
+        factor = reencode.factor_parameter(module, site.weight)
+        self.mode = "factor" if factor is not None else site.mode
+        self.part = None if factor is not None else reference.part
+        parameter = factor if factor is not None else getattr(reference.module, reference.parameter)
+        self.weight = params.Weight(site.model, parameter, site.optimizer)
+        self.rank = site.rank
+        if self.mode == "factor":
+            self.shape = (self.weight.shape[0], self.weight.shape[1])
+        elif self.mode == "full":
+            self.shape = reference.shape
+        else:
+            if not 1 <= site.rank <= min(reference.shape):
+                raise ValueError(
+                    f"rank {site.rank} does not fit {site.weight} of shape {reference.shape}: "
+                    f"choose 1 to {min(reference.shape)}."
+                )
+            self.shape = (site.rank, reference.shape[1])
+
+    def matrix(self, whole: Tensor) -> tuple[Tensor, _Put, _See]:
+        """Of a whole weight: its exchanged matrix (n, m); `put(new, whole)`, the whole weight with a new matrix; and
+        `see(later)`, the exchanged matrix of the same weight after a step."""
+        if self.mode == "factor":
+            return whole, lambda new, _: new, lambda later: later
+        full = reencode.to_matrix(whole, self.part)
+        if self.mode == "full":
+            return (
+                full,
+                lambda new, into: reencode.from_matrix(new, into, self.part),
+                lambda later: reencode.to_matrix(later, self.part),
+            )
+        b, a, residual = reencode.split_svd(full, self.rank)
+        inverse = torch.linalg.pinv(b)
+        return (
+            a,
+            lambda new, into: reencode.from_matrix(b @ new + residual, into, self.part),
+            lambda later: inverse @ (reencode.to_matrix(later, self.part) - residual),
+        )
+
+    def pull_back(self, gradient: Tensor, whole: Tensor) -> Tensor:
+        """Gradient of the loss at the whole weight -> at the exchanged matrix: dL/dA = B^T dL/dW under `svd`."""
+        if self.mode == "factor":
+            return gradient
+        full = reencode.to_matrix(gradient, self.part)
+        if self.mode == "full":
+            return full
+        b, _, _ = reencode.split_svd(reencode.to_matrix(whole, self.part), self.rank)
+        return b.mT @ full
+
+
+class _Path:
+    """One transfer at work: its adapter, the adapter's optimizer, and the state between `propose` and `learn`."""
+
+    def __init__(self, transfer: Transfer, control: Control, seed: int, steps: int) -> None:
+        if transfer.cycle < 1:
+            raise ValueError(f"cycle {transfer.cycle}: a transfer happens every 1, 2, ... steps, so use 1 or more.")
+        self.transfer = transfer
+        self.name = transfer.name or f"{transfer.source.weight}->{transfer.target.weight}"
+        self.control = control
+        self.seed = zlib.crc32(self.name.encode()) ^ (seed * 0x9E3779B1 % 2**31)
+        self.source, self.target = _Side(transfer.source), _Side(transfer.target)
+        params.check_writable(self.target.weight, transfer.target.weight)
+        self.device = self.target.weight.parameter.device
+        self.adapter: nn.Module | None = None
+        if control not in ("none", "standardise"):
+            with seeded(self.seed, self.device):
+                self.adapter = build_adapter(transfer.adapter, self.target.shape, self.source.shape).to(self.device)
+        self.learns = self.adapter is not None and control != "frozen"
+        if self.adapter is not None:
+            self.optimizer = build_optimizer(self.adapter, transfer.optim)
+            self.schedule = build_schedule(self.optimizer, transfer.schedule, steps // transfer.cycle)
+        self.noises: dict[int, Tensor] = {}
+        self.updates = 0
+        self.bad_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
+
+    def propose(self, source: Tensor, target: Tensor, step: int) -> None:
+        """Adapt: (whole source, whole target) -> the exchanged matrix's next value, with its graph."""
+        source, _, _ = self.source.matrix(source)
+        self.whole_before = target
+        self.before, self.put, self.see = self.target.matrix(target)
+        source = self._controlled(source)
+        with seeded(self.seed + step, self.device), torch.enable_grad():
+            self.proposal = self._adapt(source)
+        with torch.no_grad():
+            self.finite = torch.isfinite(self.proposal).all()
+            self.bad_in_a_row = torch.where(self.finite, 0, self.bad_in_a_row + 1)
+            # chosen on the device: a host that looked would wait for everything queued so far
+            self.accepted = torch.where(self.finite, self.proposal.detach(), self.before.to(self.proposal.dtype))
+            self.sensitivity = self._source_sensitivity(source, step)
+        self.at_step = step
+
+    def _adapt(self, source: Tensor) -> Tensor:
+        if self.adapter is not None:
+            return self.adapter(self.before, source)
+        rows = self.before
+        centred = rows - rows.mean(-1, keepdim=True)
+        unit = centred / (rows.std(-1, keepdim=True, correction=0) + 1e-12)
+        config = self.transfer.adapter
+        if config.output == "layernorm":
+            return unit
+        whole = unit * rows.std(correction=0) + rows.mean()
+        return rows + config.gate * (whole - rows)
+
+    def _controlled(self, source: Tensor) -> Tensor:
+        """The source that the control shows to the adapter; fixed by the seed."""
+        if self.control == "noise":
+            return self._noise(source)
+        if self.control == "shuffled":
+            generator = torch.Generator().manual_seed(self.seed)
+            return source[torch.randperm(len(source), generator=generator).to(source.device)]
+        return source
+
+    def _noise(self, like: Tensor, stream: int = 0) -> Tensor:
+        """Gaussian noise of the source's own scale, the same at every transfer."""
+        if stream not in self.noises:
+            generator = torch.Generator().manual_seed(self.seed + 7919 * (stream + 1))
+            self.noises[stream] = torch.randn(like.shape, generator=generator).to(like)
+        return self.noises[stream] * like.std() + like.mean()
+
+    def _source_sensitivity(self, source: Tensor, step: int) -> Tensor:
+        """How much the proposal changes, relative to its size, when the source is swapped for noise."""
+        if self.adapter is None:
+            return torch.zeros((), device=self.device)
+        with evaluating(self.adapter):
+            real = self.adapter(self.before, source)
+            fake = self.adapter(self.before, self._noise(source, stream=1))
+        return (real - fake).norm() / real.norm().clamp_min(1e-12)
+
+    def written(self, whole: Tensor) -> Tensor:
+        """`whole` with this transfer's part replaced, the rest untouched."""
+        return self.put(self.accepted, whole)
+
+    def observe(self, gradient: Tensor) -> None:
+        self.gradient = self.target.pull_back(gradient, self.whole_before)
+
+    def learn(self, whole_after: Tensor) -> dict[str, Tensor]:
+        """One adapter update, phi <- phi - eta (dG/dphi)^T c: where c is the proposal minus where the optimizer took
+        it (`lookahead`), or the loss gradient at the proposal (`exact`)."""
+        with torch.no_grad():
+            after = self.see(whole_after).to(self.accepted.dtype)
+            moved = self.accepted - after
+            change, own = self.accepted - self.before.to(self.accepted.dtype), -moved
+            log = {
+                "change": change.norm() / self.before.norm().clamp_min(1e-12),
+                "cosine": (change * own).sum() / (change.norm() * own.norm()).clamp_min(1e-30),
+                "sensitivity": self.sensitivity,
+                "skipped": 1.0 - self.finite.float(),
+            }
+        if self.adapter is not None:
+            log["gate"] = self.adapter.gate_value().detach().clone()
+            for layer, omega in enumerate(self.adapter.omega()):
+                log |= {f"omega{layer}.{i}": weight for i, weight in enumerate(omega.clone())}
+        if self.learns:
+            cotangent = self.gradient.to(moved.dtype) if self.transfer.update == "exact" else moved
+            self._update(torch.where(self.finite, cotangent, torch.zeros_like(cotangent)))
+        del self.proposal, self.put, self.see, self.whole_before
+        return log
+
+    def _update(self, cotangent: Tensor) -> None:
+        assert self.adapter is not None
+        self.schedule.step_update(self.updates)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.proposal.backward(cotangent)
+        for parameter in self.adapter.parameters():  # a non-finite proposal has non-finite gradients even at 0
+            if parameter.grad is not None:
+                parameter.grad = torch.where(self.finite, parameter.grad, torch.zeros_like(parameter.grad))
+        if self.transfer.optim.clip > 0:
+            nn.utils.clip_grad_norm_(self.adapter.parameters(), self.transfer.optim.clip)
+        self.optimizer.step()
+        self.updates += 1
+
+    def raise_if_diverged(self) -> None:
+        bad = int(self.bad_in_a_row)
+        if bad:
+            warnings.warn(
+                f"transfer {self.name}: the proposal at step {self.at_step} was not finite, nothing was written.",
+                stacklevel=3,
+            )
+        if bad >= BAD_IN_A_ROW:
+            raise TransferDiverged(
+                f"transfer {self.name}: {bad} proposals in a row were not finite: lower its optim.lr or its gate."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"updates": self.updates, "bad_in_a_row": int(self.bad_in_a_row)}
+        if self.adapter is not None:
+            state |= {"adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.updates = state["updates"]
+        self.bad_in_a_row = torch.full_like(self.bad_in_a_row, state["bad_in_a_row"])
+        self.at_step = -1
+        if self.adapter is not None:
+            self.adapter.load_state_dict(state["adapter"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _by_target(paths: Sequence[_Path]) -> dict[int, list[_Path]]:
+    grouped: dict[int, list[_Path]] = {}
+    for path in paths:
+        grouped.setdefault(id(path.target.weight.parameter), []).append(path)
+    return grouped
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that are equal on all ranks, and that leave the models' own stream where it was."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` in eval mode (no dropout, no power iteration), then as it was."""
+    was = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was)
+
+
+class MergeNet:
+    """Co-trained models on DeepSpeed engines, and the exchange between them: the method that the trainer runs.
+
+    Args:
+        engines: one engine a model, by the model's name.
+        loss: (engine, batch) -> scalar loss.
+        schedules: name -> a timm scheduler of that engine's optimizer.
+    """
+
+    def __init__(
+        self,
+        engines: dict[str, DeepSpeedEngine],
+        exchange: Exchange,
+        loss: Callable[[nn.Module, Any], Tensor],
+        schedules: Mapping[str, Any],
+    ) -> None:
+        self.engines, self.exchange, self.loss, self.schedules = engines, exchange, loss, schedules
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """What is evaluated and exported."""
+        return {name: engine.module for name, engine in self.engines.items()}
+
+    def step(self, step: int, batches: Mapping[str, Any]) -> dict[str, Tensor]:
+        """One optimizer step of every model, a transfer first where one is due; `{name: scalar}` on the device."""
+        self.exchange.propose()
+        log = {}
+        for name, engine in self.engines.items():
+            self.schedules[name].step_update(step)
+            log[f"{name}/loss"] = self._accumulate(engine, batches[name])
+        self.exchange.observe()
+        for engine in self.engines.values():
+            engine.step()
+        return log | self.exchange.learn()
+
+    def _accumulate(self, engine: DeepSpeedEngine, batch: Any) -> Tensor:
+        """Backward over the micro-batches of this rank's share; every one but the last also takes DeepSpeed's
+        (empty) step, which only counts. The last one's step is the caller's, after `observe`."""
+        pieces = list(zip(*(rows.split(engine.train_micro_batch_size_per_gpu()) for rows in batch), strict=True))
+        total = torch.zeros((), device=engine.device)
+        for i, piece in enumerate(pieces):
+            loss = self.loss(engine, piece)
+            engine.backward(loss)
+            total += loss.detach() / len(pieces)
+            if i + 1 < len(pieces):
+                engine.step()
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.exchange.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.exchange.load_state_dict(state)

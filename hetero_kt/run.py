@@ -1,0 +1,303 @@
+"""Recipe -> models -> engines -> method -> trainer. Start reading here.
+
+    main(VARIANTS)         what a launcher calls: parse the command line, then one run, or a comparison of runs
+    run(recipe, ...)       one run in its folder <output_dir>/<name>/<control>/seed<k>
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hetero_kt import data, models, plan, report
+from hetero_kt.config import MergeNet as MergeNetRecipe
+from hetero_kt.config import Recipe
+from hetero_kt.distributed import checkpoint, launch
+from hetero_kt.distributed.engine import build_engine, build_schedule
+from hetero_kt.distributed.launch import Ranks, StopSignal
+from hetero_kt.evaluate import evaluate
+from hetero_kt.methods import mergenet
+from hetero_kt.nn import reencode
+from hetero_kt.options import Options, check, differences, from_yaml, parse, runs, split_site, to_yaml, zero_block
+from hetero_kt.tasks import classification
+from hetero_kt.trainer import Trainer
+
+
+def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
+    """A launcher's one call. Wrong input ends it with one sentence, on the first rank, before any engine starts."""
+    recipe, options = parse(variants)
+    if options.plan:
+        plan.show(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+        return
+    ranks, stop = launch.start(), StopSignal()
+    try:
+        finished = all(run(one, options, ranks, stop) for one in runs(recipe, options))
+    except UserError as error:
+        if ranks.first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        dist.destroy_process_group()
+    if finished and ranks.first:
+        report.finish(Path(recipe.output_dir) / recipe.name)
+
+
+class UserError(Exception):
+    """Wrong input, said in one sentence; the cause is the ValueError that found it."""
+
+
+def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> bool:
+    """One run, from its newest checkpoint on if there is one; False when a signal stopped it. Collective.
+
+    Raises:
+        UserError: the recipe, its data or the run folder does not fit; raised before any engine starts.
+    """
+    folder = run_folder(recipe)
+    last = min(recipe.steps, options.max_steps or recipe.steps)
+    started = time.perf_counter()
+    try:
+        check(recipe, ranks.world)
+        start_from = _prepare_folder(recipe, options, folder, ranks)
+        if finished_steps(folder) >= last:
+            return True
+        loaders, tests = _loaders(recipe, ranks)
+        modules = build_models(recipe, {name: loader.images.classes for name, loader in loaders.items()})
+        exchange = _exchange(recipe, modules)  # on the plain modules: every site is checked before an engine starts
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    parameters = {name: _parameters(module) for name, module in modules.items()}
+    adapters = {name: _parameters(adapter) for name, adapter in exchange.adapters().items()}
+    if ranks.first:
+        _announce(recipe, parameters, adapters, start_from)
+
+    torch.manual_seed(recipe.seed * 100_003 + 1 + ranks.rank)  # dropout differs between ranks, weights do not
+    method = _method(recipe, modules, ranks)
+    trainer = Trainer(
+        recipe,
+        method,
+        lambda step: _batches(recipe, loaders, step),
+        lambda name: evaluate(method.engines[name], tests[recipe.models[name].data], ranks.device),
+        folder,
+        ranks,
+        stop,
+        last=last,
+    )
+    if start_from is not None:
+        trainer.resume(start_from)
+    with _profiled(folder, options.profile and ranks.first):
+        done = trainer.fit()
+    if done:
+        trainer.export()
+        if ranks.first:
+            result = {
+                "parameters": parameters,
+                "adapter_parameters": adapters,
+                "bytes_gathered": method.exchange.traffic.bytes,
+                "wall_seconds": round(time.perf_counter() - started, 1),
+            }
+            _write_result(recipe, folder, trainer, result)
+    dist.barrier()
+    for engine in method.engines.values():
+        engine.destroy()
+    del trainer, method, modules, exchange
+    gc.collect()
+    return done
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where this recipe's run lives."""
+    return Path(recipe.output_dir) / recipe.name / recipe.method.control / f"seed{recipe.seed}"
+
+
+def finished_steps(folder: Path) -> int:
+    """Steps of the finished run in `folder`, 0 if there is none."""
+    result = folder / "result.json"
+    return int(json.loads(result.read_text())["steps"]) if result.exists() else 0
+
+
+def build_models(recipe: Recipe, classes: Mapping[str, int]) -> dict[str, nn.Module]:
+    """Every model, from a random stream of its own (so that no control changes another model's start), with the
+    layers that exchange a factor re-parametrised."""
+    modules = {}
+    for name, model in recipe.models.items():
+        launch.seed_everything(recipe.seed * 100_003 + zlib.crc32(name.encode()) % 100_003)
+        modules[name] = models.build(
+            model.name,
+            classes[model.data],
+            pretrained=model.pretrained,
+            image_size=recipe.data[model.data].image_size,
+            init=model.init,
+        )
+    for label, transfer in recipe.method.transfers.items():
+        if transfer.mode == "factor":
+            _factorise(modules, transfer.source, transfer.source_rank or transfer.rank, f"{label}.source")
+            _factorise(modules, transfer.target, transfer.rank, f"{label}.target")
+    return modules
+
+
+def _factorise(modules: Mapping[str, nn.Module], site: str, rank: int, option: str) -> None:
+    model, weight = split_site(site)
+    if reencode.factor_parameter(modules[model], weight) is None:  # two transfers may share a site
+        try:
+            reencode.factorise(modules[model], weight, rank)
+        except ValueError as error:
+            raise ValueError(f"--method.transfers.{option} {site}: {error}") from error
+
+
+def _exchange(recipe: Recipe, owners: Mapping[str, Any]) -> mergenet.Exchange:
+    method: MergeNetRecipe = recipe.method
+    transfers = []
+    for name, t in method.transfers.items():
+        mode = "svd" if t.mode == "svd" else "full"
+        (source, source_weight), (target, target_weight) = split_site(t.source), split_site(t.target)
+        transfers.append(
+            mergenet.Transfer(
+                mergenet.Site(owners[source], source_weight, mode, t.source_rank or t.rank),
+                mergenet.Site(owners[target], target_weight, mode, t.rank),
+                cycle=t.cycle,
+                adapter=t.adapter,
+                optim=t.optim,
+                schedule=t.schedule,
+                update=t.update,
+                moments=t.moments,
+                name=name,
+            )
+        )
+    return mergenet.Exchange(transfers, control=method.control, seed=recipe.seed, steps=recipe.steps)
+
+
+def _method(recipe: Recipe, modules: Mapping[str, nn.Module], ranks: Ranks) -> mergenet.MergeNet:
+    engines, schedules = {}, {}
+    for name, model in recipe.models.items():
+        rows = recipe.data[model.data].batch // ranks.world
+        micro = model.micro_batch or rows
+        engines[name] = build_engine(
+            modules[name].to(ranks.device),
+            optim=model.optim,
+            zero=zero_block(model.zero),
+            precision=model.precision,
+            micro_batch=micro,
+            accumulation=rows // micro,
+        )
+        schedules[name] = build_schedule(engines[name].optimizer, model.schedule, recipe.steps)
+    return mergenet.MergeNet(engines, _exchange(recipe, engines), classification.loss, schedules)
+
+
+def _loaders(recipe: Recipe, ranks: Ranks) -> tuple[dict[str, data.Loader], dict[str, data.Loader]]:
+    """Training and evaluation loaders, by the name of the data."""
+    train, test = {}, {}
+    for name, d in recipe.data.items():
+        for part, loaders, augment in ((True, train, d.augment), (False, test, ())):
+            images = data.load(d, recipe.data_dir, train=part, seed=recipe.seed)
+            loaders[name] = data.Loader(
+                images, d.batch, recipe.seed, augment, ranks.rank, ranks.world, ranks.device
+            )
+    return train, test
+
+
+def _batches(recipe: Recipe, loaders: Mapping[str, data.Loader], step: int) -> dict[str, Any]:
+    """Each model's batch; models that name the same data share one."""
+    drawn = {name: loader.batch(step) for name, loader in loaders.items()}
+    return {name: drawn[model.data] for name, model in recipe.models.items()}
+
+
+def _prepare_folder(recipe: Recipe, options: Options, folder: Path, ranks: Ranks) -> Path | None:
+    """Check what lies in the run folder against the recipe; returns the checkpoint to start from. Collective."""
+    saved = folder / "recipe.yaml"
+    if options.resume == "never":
+        if ranks.first and folder.exists():
+            for name in ("checkpoints", "tensorboard", "export"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for name in ("metrics.jsonl", "result.json", "recipe.yaml"):
+                (folder / name).unlink(missing_ok=True)
+        dist.barrier()
+    elif saved.exists():
+        changed = differences(from_yaml(saved.read_text()), recipe)
+        if changed:
+            raise ValueError(
+                f"--resume {options.resume}: {folder} holds a run of another recipe ({'; '.join(changed[:4])}): "
+                "use another --output-dir, or --resume never to begin again."
+            )
+    dist.barrier()  # every rank has compared before the first one writes
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved.write_text(to_yaml(recipe))
+    if options.resume in ("auto", "never"):
+        found = checkpoint.complete(folder / "checkpoints")
+        start_from = found[-1] if found else None
+    else:
+        start_from = Path(options.resume)
+        if not (start_from / "DONE").exists():
+            raise ValueError(f"--resume: {start_from} is not a complete checkpoint (no DONE in it).")
+    dist.barrier()
+    return start_from
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _announce(recipe: Recipe, parameters: Mapping[str, int], adapters: Mapping[str, int], at: Path | None) -> None:
+    text = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in parameters.items())
+    text += "".join(f", adapter {name} {n / 1e6:.2f}M" for name, n in adapters.items())
+    resumed = f", from step {at.name}" if at else ""
+    print(f"{recipe.name}: {recipe.method.control}, seed {recipe.seed}{resumed} ({text} parameters)", flush=True)
+
+
+@contextmanager
+def _profiled(folder: Path, wanted: bool) -> Iterator[None]:
+    """With --profile, a trace of the run for TensorBoard or a browser's trace viewer."""
+    if not wanted:
+        yield
+        return
+    with torch.profiler.profile() as profile:
+        yield
+    profile.export_chrome_trace(str(folder / "profile.json"))
+    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
+
+
+def _write_result(recipe: Recipe, folder: Path, trainer: Trainer, measured: Mapping[str, Any]) -> None:
+    """`result.json`, written last: it marks a finished run."""
+    result = {
+        "recipe": recipe.name,
+        "control": recipe.method.control,
+        "seed": recipe.seed,
+        "steps": trainer.step,
+        "metrics": trainer.metrics,
+        "world_size": trainer.ranks.world,
+        "device": torch.cuda.get_device_name() if trainer.ranks.device.type == "cuda" else "cpu",
+        "zero_stage": {name: zero_block(model.zero)["stage"] for name, model in recipe.models.items()},
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "timm")},
+        "commit": commit(),
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        **measured,
+    }
+    part = folder / "result.json.part"
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(part, folder / "result.json")
+
+
+def commit() -> str:
+    """The checkout's commit, with a + when tracked files were changed; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

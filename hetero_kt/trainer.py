@@ -1,0 +1,208 @@
+"""The loop: step, log, evaluate, save, stop on a signal. It knows of a method what `Method` says, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from hetero_kt.config import Recipe
+from hetero_kt.distributed import checkpoint, params
+from hetero_kt.distributed.launch import Ranks, StopSignal
+from hetero_kt.evaluate import averaged_buffers
+from hetero_kt.methods.mergenet import TransferDiverged
+from hetero_kt.nn.reencode import plain_state_dict
+
+
+class Method(Protocol):
+    """One way to transfer knowledge between models."""
+
+    engines: dict[str, DeepSpeedEngine]
+
+    @property
+    def models(self) -> dict[str, nn.Module]: ...
+
+    def step(self, step: int, batches: Mapping[str, Any]) -> dict[str, Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Runs `method` for `recipe.steps` optimizer steps in the run folder `folder`.
+
+    Args:
+        batches: step -> {model: batch}; a pure function, so that a resume needs no more than the step.
+        evaluate: model's name -> its metrics; collective.
+        last: stop after this many steps; the schedules still belong to the whole run.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        batches: Callable[[int], Mapping[str, Any]],
+        evaluate: Callable[[str], dict[str, float]],
+        folder: Path,
+        ranks: Ranks,
+        stop: StopSignal,
+        *,
+        last: int,
+    ) -> None:
+        self.recipe, self.method, self.batches, self.evaluate = recipe, method, batches, evaluate
+        self.folder, self.ranks, self.stop, self.last = folder, ranks, stop, last
+        self.checkpoints = folder / "checkpoints"
+        self.step = 0
+        self.metrics: dict[str, dict[str, float]] = {}
+
+    def resume(self, path: Path) -> None:
+        """Continue from the checkpoint `path`."""
+        self.method.load_state_dict(checkpoint.load(path, self.method.engines))
+        self.step = int(path.name)
+
+    def fit(self) -> bool:
+        """Train to the end; True when it was reached, False when a signal stopped the run (a checkpoint is written).
+
+        Raises:
+            TransferDiverged: after a checkpoint has been written.
+        """
+        self.log = _Log(self.folder, self.step, self.last, self.recipe.name, self.ranks)
+        with self.log:
+            while self.step < self.last:
+                try:
+                    self._one_step()
+                except TransferDiverged:
+                    self.save()
+                    raise
+                if self.step % self.recipe.log_every == 0 or self.step == self.last:
+                    self.log.write(self.step)
+                    if self.stop.agreed(self.ranks.device):
+                        self.save()
+                        return False
+                at_end = self.step == self.last
+                if at_end or (self.recipe.eval_every and self.step % self.recipe.eval_every == 0):
+                    self.evaluate_all()
+                if at_end or (self.recipe.save_every and self.step % self.recipe.save_every == 0):
+                    self.save()
+        return True
+
+    def _one_step(self) -> None:
+        self.log.add(self.method.step(self.step, self.batches(self.step)))
+        self.step += 1
+
+    def evaluate_all(self) -> None:
+        """Every model's metrics, with BatchNorm statistics averaged over ranks for the while."""
+        self.metrics = {}
+        for name, model in self.method.models.items():
+            with averaged_buffers(model):
+                self.metrics[name] = self.evaluate(name)
+        self.log.scalars(
+            self.step, {f"{name}/test_{k}": v for name, values in self.metrics.items() for k, v in values.items()}
+        )
+
+    def save(self) -> None:
+        """A checkpoint of this step. Collective."""
+        checkpoint.save(
+            self.checkpoints, self.step, self.method.engines, self.method.state_dict(), keep=self.recipe.keep
+        )
+
+    def export(self) -> None:
+        """Every model alone, as plain safetensors: adapters gone, factors multiplied out. Collective."""
+        for name, engine in self.method.engines.items():
+            with averaged_buffers(engine.module):
+                state = params.state_dict(engine)
+            if self.ranks.first:
+                target = self.folder / "export" / f"{name}.safetensors"
+                target.parent.mkdir(exist_ok=True)
+                plain = {key: value.contiguous() for key, value in plain_state_dict(state).items()}
+                save_file(plain, target.with_suffix(".part"))
+                os.replace(target.with_suffix(".part"), target)
+        dist.barrier()
+
+
+class _Log:
+    """Scalars of a run: kept on the device, read once per interval, written by the first rank to metrics.jsonl and
+    TensorBoard, the latest beside the progress bar."""
+
+    def __init__(self, folder: Path, start: int, last: int, name: str, ranks: Ranks) -> None:
+        self.folder, self.start, self.last, self.ranks = folder, start, last, ranks
+        self.sums: dict[str, Tensor] = {}
+        self.latest: dict[str, Tensor] = {}
+        self.count = 0
+        self.clock = time.perf_counter()
+        self.name = name
+
+    def __enter__(self) -> _Log:
+        if self.ranks.first:
+            path = self.folder / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= self.start]
+            path.write_text("".join(line + "\n" for line in kept))  # what a killed run wrote after its last save goes
+            self.file = path.open("a", buffering=1)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start + 1)
+            self.console = Console()
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True)
+            self.task = self.progress.add_task(self.name, total=self.last, completed=self.start, note="")
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.ranks.first:
+            self.progress.stop()
+            self.file.close()
+            self.board.close()
+
+    def add(self, scalars: Mapping[str, Tensor]) -> None:
+        """One step's scalars, left on the device."""
+        for name, value in scalars.items():
+            if name.endswith("/loss"):
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+            else:
+                self.latest[name] = value
+        self.count += 1
+
+    def write(self, step: int) -> None:
+        """Mean losses since the last call, over ranks too, and the newest of everything else. Collective."""
+        names = sorted(self.sums)
+        losses = torch.stack([self.sums[name].float() for name in names]) / self.count
+        dist.all_reduce(losses)
+        seconds = time.perf_counter() - self.clock
+        values = dict(zip(names, (losses / self.ranks.world).tolist(), strict=True))
+        values |= {name: float(value) for name, value in self.latest.items()}
+        values["seconds_per_step"] = seconds / self.count
+        self.sums, self.latest, self.count, self.clock = {}, {}, 0, time.perf_counter()
+        self.scalars(step, values)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write `values` of this step, on the first rank."""
+        if not self.ranks.first:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        note = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if k.endswith(("/loss", "/test_top1")))
+        self.progress.update(self.task, completed=step, note=note)
+        if not self.console.is_terminal:
+            self.console.print(f"{self.name}  step {step}/{self.last}  {note}", highlight=False)
+
+
+def _whole(line: str) -> bool:
+    """False for the last line of a run that was killed while writing it."""
+    try:
+        return "step" in json.loads(line)
+    except json.JSONDecodeError:
+        return False
