@@ -1,0 +1,69 @@
+"""A labelled set of pictures in memory, and subsets of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_kt.data import counter
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled pictures, all of one size."""
+
+    images: Tensor
+    """(S, H, W, 3), uint8."""
+    labels: Tensor
+    """(S,), int64, each in [0, classes)."""
+    classes: int
+    mean: tuple[float, ...]
+    """Of each channel over the training set, of pixels in [0, 1]."""
+    std: tuple[float, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> ImageSet:
+        """The samples where `rows` (S,), bool, is true, in their order."""
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
+    def resized(self, size: int) -> ImageSet:
+        """The same pictures at size x size pixels (bilinear, antialiased where they shrink)."""
+        if self.images.shape[1:3] == (size, size):
+            return self
+        chunks = []
+        for images in self.images.split(1024):
+            pixels = images.permute(0, 3, 1, 2).float()
+            pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+            chunks.append(pixels.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous())
+        return replace(self, images=torch.cat(chunks))
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of `images` (S, H, W, 3), uint8, as pixels in [0, 1]."""
+    pixels = images.double().reshape(-1, images.shape[-1]) / 255
+    return tuple(pixels.mean(0).tolist()), tuple(pixels.std(0, correction=0).tolist())
+
+
+def draw_per_class(labels: Tensor, counts: Tensor, key: int) -> Tensor:
+    """Rows (S,), bool, of counts[c] samples of each class c, drawn by `key`.
+
+    The first k drawn are the same for every count of at least k, so smaller subsets lie in larger ones.
+    """
+    drawn = torch.from_numpy(counter.permutation(key, len(labels)))
+    classes = labels[drawn]
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for c, count in enumerate(counts.tolist()):
+        chosen[drawn[classes == c][:count]] = True
+    return chosen
+
+
+def class_counts(images: ImageSet) -> Tensor:
+    """Samples of each class, (classes,)."""
+    return torch.from_numpy(np.bincount(images.labels.numpy(), minlength=images.classes))

@@ -1,0 +1,193 @@
+"""Batches of an image set as a function of the step: nothing to save for a resume but the step itself.
+
+Shape suffixes: B rows of this rank, S samples of the set, H x W pixels, P = H * W, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_kt.data import counter
+from hetero_kt.data.images import ImageSet
+
+_ORDER, _AUGMENT = 0, 1
+_PAD = 4  # pixels that `crop` may shift a picture by, each way
+_DEGREES = 15
+_ANGLES = 301  # steps of 0.1 degrees
+AUGMENTATIONS = ("crop", "flip", "rotate")
+
+
+class Loader:
+    """One rank's share of the global batches.
+
+    An epoch is a permutation of the samples, decided by (seed, epoch); step k takes the k-th `batch` of them,
+    and what does not fill a batch at an epoch's end is left out. A set smaller than one batch repeats:
+    permutations are joined end to end. Rank r takes rows r, r + world, ... of the global batch.
+
+    `crop` shifts by up to 4 pixels, `flip` mirrors half of the pictures, `rotate` turns by up to 15 degrees, in
+    that order; what comes in from outside is black, pixels are copied and never blended. What happens to a
+    sample is decided by (seed, epoch, sample): ranks and batches do not matter.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batch: int,
+        seed: int,
+        augment: Sequence[str],
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`batch` counts the rows of all ranks together.
+
+        Raises ValueError for an empty set, a batch that does not divide over the ranks, and an unknown
+        augmentation.
+        """
+        if not len(images):
+            raise ValueError(f"{images.name} has no samples")
+        if batch < 1 or batch % world:
+            raise ValueError(f"batch {batch} does not divide over {world} ranks: use a multiple of {world}")
+        unknown = [name for name in augment if name not in AUGMENTATIONS]
+        if unknown:
+            raise ValueError(f"augment {unknown[0]!r} is unknown: use any of {', '.join(AUGMENTATIONS)}")
+        self.images = images
+        self.global_batch = batch
+        self.seed, self.augment, self.rank, self.world = seed, tuple(augment), rank, world
+        self.device = torch.device(device)
+        self.steps_per_epoch = max(1, len(images) // batch)
+        """Steps in which every sample is seen (nearly) once; 1 for a set smaller than a batch."""
+
+        self._height, self._width = images.images.shape[1:3]
+        pixels = self._height * self._width
+        self._pixels_SPC = images.images.reshape(len(images), pixels, 3).to(self.device)
+        self._labels_S = images.labels.to(self.device)
+        std = torch.tensor(images.std, dtype=torch.float64)
+        mean = torch.tensor(images.mean, dtype=torch.float64)
+        # Tiled over a whole picture, so that normalisation is one vectorised operation.
+        self._scale = (1 / (255 * std)).float().repeat(pixels).to(self.device)
+        self._shift = (-mean / std).float().repeat(pixels).to(self.device)
+        if self.augment:
+            shifts, turns = _shift_table(self._height, self._width), _turn_table(self._height, self._width)
+            self._shifts_table = torch.from_numpy(shifts).to(self.device)
+            self._turns_table = torch.from_numpy(turns).to(self.device)
+        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's rows of the global batch of `step`: pictures (B, C, H, W) and labels (B,).
+
+        Pictures are float32 and normalised to zero mean and unit deviation over the training set; in memory
+        they lie channels last, which convolutions on a CPU compute faster.
+        """
+        epochs_B, samples_B = self._rows(step)
+        return self._pictures(samples_B, epochs_B), self._labels_S[
+            torch.from_numpy(samples_B).to(self.device)
+        ]
+
+    def eval_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's share of every sample exactly once, not augmented: pictures, labels and weights (B,).
+
+        Every rank yields equally many batches of equal size, at most `batch` rows each, since under ZeRO-3 ranks
+        must run the same forwards; rows that fill up have weight 0, all others 1.
+        """
+        share = math.ceil(len(self.images) / self.world)
+        batches = math.ceil(share / batch)
+        size = math.ceil(share / batches)
+        for first in range(0, batches * size, size):
+            positions = np.arange(first, first + size) * self.world + self.rank
+            real = positions < len(self.images)
+            samples_B = np.where(real, positions, 0)
+            labels = self._labels_S[torch.from_numpy(samples_B).to(self.device)]
+            yield self._pictures(samples_B, None), labels, torch.from_numpy(real).float().to(self.device)
+
+    def _draw_permutation(self, epoch: int) -> np.ndarray:
+        return counter.permutation(counter.key(self.seed, _ORDER, epoch), len(self.images))
+
+    def _rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch (B,) and sample (B,) of this rank's rows."""
+        size = len(self.images)
+        if self.global_batch <= size:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            positions = within * self.global_batch + np.arange(self.rank, self.global_batch, self.world)
+            return np.full(len(positions), epoch), self._permutation(epoch)[positions]
+        positions = step * self.global_batch + np.arange(self.rank, self.global_batch, self.world)
+        epochs, places = np.divmod(positions, size)
+        samples = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            samples[here] = self._permutation(epoch)[places[here]]
+        return epochs, samples
+
+    def _pictures(self, samples_B: np.ndarray, epochs_B: np.ndarray | None) -> Tensor:
+        rows_B = torch.from_numpy(samples_B).to(self.device)
+        pixels = self._height * self._width
+        if epochs_B is None or not self.augment:
+            chosen_BPC = self._pixels_SPC.index_select(0, rows_B)
+        else:
+            source_BP = self._sources(samples_B, epochs_B)
+            inside_BP = source_BP < pixels
+            flat = (rows_B.unsqueeze(1) * pixels + source_BP.clamp(max=pixels - 1)).flatten()
+            chosen_BPC = self._pixels_SPC.view(-1, 3).index_select(0, flat).view(*source_BP.shape, 3)
+            chosen_BPC = chosen_BPC * inside_BP.unsqueeze(2)
+        normal = torch.addcmul(self._shift, chosen_BPC.flatten(1).float(), self._scale)
+        return normal.view(len(samples_B), self._height, self._width, 3).permute(0, 3, 1, 2)
+
+    def _sources(self, samples_B: np.ndarray, epochs_B: np.ndarray) -> Tensor:
+        """Where each pixel of the augmented picture is copied from, P for black: (B, P), int64."""
+        epochs, which = np.unique(epochs_B, return_inverse=True)
+        keys = [counter.key(self.seed, _AUGMENT, epoch) for epoch in epochs.tolist()]
+        random = counter.bits(np.array(keys, np.uint64)[which], samples_B)
+        side = 2 * _PAD + 1
+        down = counter.below(random, side) if "crop" in self.augment else _PAD
+        right = counter.below(random, side, first=16) if "crop" in self.augment else _PAD
+        mirrored = counter.below(random, 2, first=32, width=1) if "flip" in self.augment else 0
+        shift_B = np.broadcast_to((mirrored * side + down) * side + right, len(samples_B))
+        moved = self._shifts_table.index_select(0, torch.tensor(shift_B, device=self.device))
+        if "rotate" not in self.augment:
+            return moved[:, :-1].long()
+        turn_B = counter.below(random, _ANGLES, first=33, width=24)
+        turned = self._turns_table.index_select(0, torch.from_numpy(turn_B).to(self.device))
+        return moved.gather(1, turned.long()).long()
+
+
+def _shift_table(height: int, width: int) -> np.ndarray:
+    """Source pixels of every crop, without and with the mirror behind it: (2 * 9 * 9, P + 1), int32.
+
+    Entry P of a row (for black) is P, so that tables can follow each other.
+    """
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    table = []
+    for across in (columns, columns[::-1]):
+        for down in range(-_PAD, _PAD + 1):
+            for right in range(-_PAD, _PAD + 1):
+                table.append(_sources(rows + down, across + right, height, width))
+    black = np.full((len(table), 1), height * width)
+    return np.concatenate([np.stack(table), black], axis=1).astype(np.int32)
+
+
+def _turn_table(height: int, width: int) -> np.ndarray:
+    """Source pixels of every rotation about the picture's centre, nearest neighbour: (301, P), int32.
+
+    A table of angles, so that the result does not depend on how a machine rounds a batch of sines.
+    """
+    y = (np.arange(height) - (height - 1) / 2)[:, None]
+    x = np.arange(width) - (width - 1) / 2
+    table = []
+    for angle in np.deg2rad(np.linspace(-_DEGREES, _DEGREES, _ANGLES)):
+        rows = np.cos(angle) * y - np.sin(angle) * x + (height - 1) / 2
+        columns = np.sin(angle) * y + np.cos(angle) * x + (width - 1) / 2
+        table.append(_sources(np.rint(rows).astype(int), np.rint(columns).astype(int), height, width))
+    return np.stack(table).astype(np.int32)
+
+
+def _sources(rows: np.ndarray, columns: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Flat index of pixel (row, column), or height * width outside of the picture. (P,)"""
+    rows, columns = np.broadcast_arrays(rows, columns)
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    return np.where(inside, rows * width + columns, height * width).ravel()

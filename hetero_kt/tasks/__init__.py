@@ -1,0 +1,1 @@
+"""What models learn: a loss, and what is counted to judge them."""
