@@ -1,0 +1,133 @@
+"""The `hetero-kt` command: what can take part, what a run costs, what runs have shown, where models lie."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Raises:
+        SystemExit: 2 after bad input, with one sentence; otherwise the command's own status unless that is 0.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        status = arguments.command(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    if status:
+        raise SystemExit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hetero-kt", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("sites", help="list a model's weights that can take part in a transfer")
+    command.add_argument("name", metavar="NAME", help="timm:resnet50, cifar:mobilenetv2, ...")
+    command.add_argument("--classes", type=int, default=100, help="outputs of the classifier (100)")
+    command.add_argument("--image-size", type=int, default=32, help="for models of a fixed input size (32)")
+    command.set_defaults(command=_sites)
+
+    command = commands.add_parser("plan", help="print what a launcher's run would cost, without running it")
+    command.add_argument("launcher", metavar="LAUNCHER", help="launchers/cifar_mergenet.py, ...")
+    command.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="...", help="the launcher's own options"
+    )
+    command.set_defaults(command=_plan)
+
+    command = commands.add_parser("report", help="compare finished runs over controls and seeds")
+    command.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders that hold some")
+    command.add_argument("--markdown", metavar="FILE", help="write the tables there too")
+    command.add_argument("--png", metavar="FILE", help="draw the curves there")
+    command.set_defaults(command=_report)
+
+    command = commands.add_parser("export", help="say where a run's plain weights lie")
+    command.add_argument("run", metavar="RUN", help="a run folder, or one that holds some")
+    command.set_defaults(command=_export)
+    return parser
+
+
+def _sites(arguments: argparse.Namespace) -> int:
+    from hetero_kt.models import build
+    from hetero_kt.nn.reencode import list_weights
+
+    model = build(arguments.name, arguments.classes, image_size=arguments.image_size)
+    weights = list_weights(model)
+    table = Table(title=arguments.name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("weight", overflow="fold")
+    table.add_column("kind")
+    table.add_column("matrix", justify="right", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    notes = any(weight.note for weight in weights)
+    if notes:
+        table.add_column("note")
+    for weight in weights:
+        matrix = f"{weight.shape[0]} x {weight.shape[1]}"
+        # As Text: `qkv.weight[v]` would lose its brackets to rich's markup.
+        row: list[Text | str] = [Text(weight.name), weight.kind, matrix, f"{weight.parameters:,}"]
+        table.add_row(*row, *([weight.note] if notes else []))
+    Console().print(table)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    launcher = Path(arguments.launcher)
+    if not launcher.is_file():
+        near = ", ".join(map(str, sorted(Path("launchers").glob("*.py")))) or "a launcher's path"
+        raise ValueError(f"plan: {launcher} does not exist: use {near}.")
+    return subprocess.run(
+        [sys.executable, str(launcher), *arguments.options, "--plan"], check=False
+    ).returncode
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from hetero_kt import report
+
+    report.table(arguments.runs)
+    if arguments.markdown:
+        runs, unfinished = report.find_runs(arguments.runs)
+        file = Path(arguments.markdown)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            report.markdown(report.compare(runs), report.remarks(runs, unfinished)), encoding="utf-8"
+        )
+    if arguments.png:
+        report.curves(arguments.runs, arguments.png)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from hetero_kt import report
+
+    finished, unfinished = report.find_runs([arguments.run])
+    for run in finished:
+        files = sorted((run.folder / "export").glob("*.safetensors"))
+        if not files:
+            raise ValueError(
+                f"export: {run.folder} has lost its export: start its launcher again with --resume never."
+            )
+        for file in files:
+            print(file)
+    for folder in unfinished:
+        print(
+            f"{folder} has not finished: start its launcher again with the same options, "
+            "which resumes it and exports at the end.",
+            file=sys.stderr,
+        )
+    return 0 if finished else 1
+
+
+if __name__ == "__main__":
+    main()
