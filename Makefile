@@ -1,0 +1,34 @@
+# make demo | test | check | bench | clean; each installs what it lacks into .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test check lint bench clean
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# One rank a GPU where there are any, else two on the CPU.
+RANKS = $(shell $(BIN)/python -c "import torch; print(min(2, torch.cuda.device_count()) or 2)")
+
+demo: .venv/installed
+	$(BIN)/deepspeed --num_accelerators $(RANKS) launchers/cifar_mergenet.py --variant digits \
+	    --compare none noise shuffled --seeds 0 1 2
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow and not slurm"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/exchange.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
