@@ -557,7 +557,8 @@ def _tiny_weight(model_name: str, weight: str, taken: set[str], model: str) -> s
 
 def to_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML; `from_yaml` gives back an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, allow_unicode=True, width=110)
+    # ASCII only: written as it is, U+0085 (a line break to YAML) would come back as a space.
+    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, allow_unicode=False, width=110)
 
 
 def from_yaml(text: str) -> Recipe:
