@@ -1,0 +1,119 @@
+"""The hetero-kt command, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hetero_kt import cli
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "toy" / "none" / "seed0"
+    (folder / "export").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("name: toy\n")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "cnn/loss": 1.0, "cnn/test_top1": 40.0}\n')
+    metrics = {"cnn": {"top1": 40.0, "loss": 1.0}}
+    result = {"recipe": "toy", "control": "none", "seed": 0, "steps": 1, "metrics": metrics}
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "export" / "cnn.safetensors").write_bytes(b"")
+    return folder
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_sites_lists_names_kinds_matrices_and_parameters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    cli.main(["sites", "cifar:mobilenetv2_tiny", "--classes", "7"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["classifier.weight", "linear", "7", "x", "256", "1,792"] in lines
+    assert ["blocks.2.1.conv_pwl.weight", "conv", "48", "x", "144", "6,912"] in lines
+
+
+def test_sites_keeps_the_brackets_of_a_third(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    cli.main(["sites", "timm:vit_tiny_patch16_224"])
+    assert "blocks.11.attn.qkv.weight[v]" in capsys.readouterr().out
+
+
+def test_sites_of_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cifar:resnet50" in fails(capsys, "sites", "cifar:resnet5O")
+
+
+def test_report_prints_and_writes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    markdown, png = tmp_path / "out" / "r.md", tmp_path / "out" / "r.png"
+    cli.main(["report", str(run), "--markdown", str(markdown), "--png", str(png)])
+    assert "40.00" in capsys.readouterr().out
+    assert "| none | 1 | 40.00 |" in markdown.read_text()
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_a_missing_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, "report", "/no/such").startswith("error: /no/such does not exist")
+
+
+def test_export_says_where(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["export", str(run)])
+    assert capsys.readouterr().out == f"{run / 'export' / 'cnn.safetensors'}\n"
+
+
+def test_export_of_an_unfinished_run_says_what_to_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "result.json").unlink()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", str(run)])
+    assert stop.value.code == 1
+    assert "start its launcher again with the same options" in capsys.readouterr().err
+
+
+def test_export_that_was_deleted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "export" / "cnn.safetensors").unlink()
+    assert "has lost its export: start its launcher again with --resume never." in fails(
+        capsys, "export", str(run)
+    )
+
+
+def test_plan_runs_the_launcher_with_its_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text("import sys; print(sys.argv[1:]); sys.exit(len(sys.argv) == 2)")
+    cli.main(["plan", str(launcher), "--variant", "cpu", "--steps", "3"])
+    assert capfd.readouterr().out == "['--variant', 'cpu', '--steps', '3', '--plan']\n"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(launcher)])
+    assert stop.value.code == 1
+
+
+def test_plan_of_a_missing_launcher_names_those_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    said = fails(capsys, "plan", "launchers/cifar.py")
+    assert said.startswith("error: plan: launchers/cifar.py does not exist: use launchers/cifar_mergenet.py")
+
+
+def test_help_lists_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("    ")] == [
+        "sites",
+        "plan",
+        "report",
+        "export",
+    ]
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "sites" in fails(capsys, "site")
