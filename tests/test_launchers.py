@@ -1,0 +1,91 @@
+"""Every variant of every launcher: a recipe that passes the checks, names weights that exist, and shrinks."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from hetero_kt import options
+from hetero_kt.config import Recipe
+from hetero_kt.models import build
+from hetero_kt.nn.reencode import find_weight
+
+LAUNCHERS = sorted((Path(__file__).parents[1] / "launchers").glob("*.py"))
+
+
+@cache
+def load(launcher: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(launcher.stem, launcher)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def model(name: str, classes: int) -> nn.Module:
+    with torch.device("meta"):  # shapes are enough
+        return build(name, classes)
+
+
+def shapes(recipe: Recipe, site: str) -> tuple[int, int]:
+    name, weight = options.split_site(site)
+    chosen = recipe.models[name]
+    classes = 100 if recipe.data[chosen.data].name == "cifar100" else 10
+    return find_weight(model(chosen.name, classes), weight).shape
+
+
+CASES = [
+    pytest.param(launcher, variant, id=f"{launcher.stem}-{variant}")
+    for launcher in LAUNCHERS
+    for variant in load(launcher).VARIANTS
+]
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize(("launcher", "variant"), CASES)
+def test_variant(launcher: Path, variant: str, debug: bool) -> None:
+    variants: Mapping[str, options.Variants] = load(launcher).VARIANTS
+    arguments = ["--variant", variant, *(["--debug"] if debug else [])]
+    recipe, chosen = options.resolve(variants, arguments)  # type: ignore[arg-type]
+    assert chosen.variant == variant
+    assert recipe.method.transfers
+    for transfer in recipe.method.transfers.values():
+        source, target = shapes(recipe, transfer.source), shapes(recipe, transfer.target)
+        if transfer.mode != "full":
+            assert transfer.rank <= min(target)
+            assert (transfer.source_rank or transfer.rank) <= min(source)
+        if transfer.adapter.kind == "aligned":
+            assert source[0] == target[0]
+
+
+def test_run_folders_of_variants_are_apart() -> None:
+    names = [make().name for launcher in LAUNCHERS for make in load(launcher).VARIANTS.values()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("variant", "shape"),
+    [("irb4", (32, 144)), ("irb8", (64, 384)), ("irb12", (96, 576)), ("irb16", (160, 960))],
+)
+def test_self_transfer_writes_the_blocks_of_table_5(variant: str, shape: tuple[int, int]) -> None:
+    launcher = next(launcher for launcher in LAUNCHERS if launcher.stem == "self_transfer")
+    recipe = load(launcher).VARIANTS[variant]()
+    (transfer,) = recipe.method.transfers.values()
+    assert shapes(recipe, transfer.target) == shape
+    assert shapes(recipe, transfer.source) == (100, 1280)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.stem)
+def test_docstring_has_what_a_reader_needs(launcher: Path) -> None:
+    text = load(launcher).__doc__
+    for needed in ("Table", "deepspeed launchers/", "Hardware:", "Expected:"):
+        assert needed in text
