@@ -16,7 +16,7 @@ _ROWS = 256  # per rank and forward
 
 
 def evaluate(model: nn.Module, loader: Loader, device: torch.device | str) -> dict[str, float]:
-    """`loss` (nats), `top1` and `top5` (percent) of a model or engine over the loader's whole set. Collective.
+    """`loss` (nats), `top1` and `top5` (percent) of a model or engine over the loader's set. Collective.
 
     Every rank runs the same number of forwards and gets the same result. Each module's training mode is
     restored. BatchNorm uses the rank's own statistics: see `averaged_buffers`.

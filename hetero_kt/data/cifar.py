@@ -1,9 +1,9 @@
 """CIFAR-100 from a local folder, in any of the layouts in which it is handed out.
 
-Below the data folder: `cifar100/` (or the data folder itself) with Parquet files whose names begin with `train`
-and `test`; or the authors' `cifar-100-python/` (pickles) or `cifar-100-binary/`, both from
-https://www.cs.toronto.edu/~kriz/cifar.html. A data folder written `hf:NAME` reads the data set NAME through the
-`datasets` library instead.
+Below the data folder: `cifar100/` (or the data folder itself) with Parquet files whose names begin with
+`train` and `test`; or the authors' `cifar-100-python/` (pickles) or `cifar-100-binary/`, both from
+https://www.cs.toronto.edu/~kriz/cifar.html. A data folder written `hf:NAME` reads the data set NAME through
+the `datasets` library instead.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ class Loader:
     and what does not fill a batch at an epoch's end is left out. A set smaller than one batch repeats:
     permutations are joined end to end. Rank r takes rows r, r + world, ... of the global batch.
 
-    `crop` shifts by up to 4 pixels, `flip` mirrors half of the pictures, `rotate` turns by up to 15 degrees, in
-    that order; what comes in from outside is black, pixels are copied and never blended. What happens to a
-    sample is decided by (seed, epoch, sample): ranks and batches do not matter.
+    `crop` shifts by up to 4 pixels, `flip` mirrors half of the pictures, `rotate` turns by up to 15 degrees,
+    in that order; what comes in from outside is black, pixels are copied and never blended. What happens to
+    a sample is decided by (seed, epoch, sample): ranks and batches do not matter.
     """
 
     def __init__(
@@ -86,15 +86,13 @@ class Loader:
         they lie channels last, which convolutions on a CPU compute faster.
         """
         epochs_B, samples_B = self._rows(step)
-        return self._pictures(samples_B, epochs_B), self._labels_S[
-            torch.from_numpy(samples_B).to(self.device)
-        ]
+        return self._pictures(samples_B, epochs_B), self._labels(samples_B)
 
     def eval_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's share of every sample exactly once, not augmented: pictures, labels and weights (B,).
 
-        Every rank yields equally many batches of equal size, at most `batch` rows each, since under ZeRO-3 ranks
-        must run the same forwards; rows that fill up have weight 0, all others 1.
+        Every rank yields equally many batches of equal size, at most `batch` rows each, since under ZeRO-3
+        ranks must run the same forwards; rows that fill up have weight 0, all others 1.
         """
         share = math.ceil(len(self.images) / self.world)
         batches = math.ceil(share / batch)
@@ -103,8 +101,8 @@ class Loader:
             positions = np.arange(first, first + size) * self.world + self.rank
             real = positions < len(self.images)
             samples_B = np.where(real, positions, 0)
-            labels = self._labels_S[torch.from_numpy(samples_B).to(self.device)]
-            yield self._pictures(samples_B, None), labels, torch.from_numpy(real).float().to(self.device)
+            weight_B = torch.from_numpy(real).float().to(self.device)
+            yield self._pictures(samples_B, None), self._labels(samples_B), weight_B
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         return counter.permutation(counter.key(self.seed, _ORDER, epoch), len(self.images))
@@ -123,6 +121,9 @@ class Loader:
             here = epochs == epoch
             samples[here] = self._permutation(epoch)[places[here]]
         return epochs, samples
+
+    def _labels(self, samples_B: np.ndarray) -> Tensor:
+        return self._labels_S[torch.from_numpy(samples_B).to(self.device)]
 
     def _pictures(self, samples_B: np.ndarray, epochs_B: np.ndarray | None) -> Tensor:
         rows_B = torch.from_numpy(samples_B).to(self.device)
@@ -156,6 +157,7 @@ class Loader:
         return moved.gather(1, turned.long()).long()
 
 
+@cache
 def _shift_table(height: int, width: int) -> np.ndarray:
     """Source pixels of every crop, without and with the mirror behind it: (2 * 9 * 9, P + 1), int32.
 
@@ -171,6 +173,7 @@ def _shift_table(height: int, width: int) -> np.ndarray:
     return np.concatenate([np.stack(table), black], axis=1).astype(np.int32)
 
 
+@cache
 def _turn_table(height: int, width: int) -> np.ndarray:
     """Source pixels of every rotation about the picture's centre, nearest neighbour: (301, P), int32.
 
