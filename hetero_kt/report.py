@@ -27,7 +27,7 @@ if typing.TYPE_CHECKING:
 BASELINE: Control = "none"
 ORDER: tuple[str, ...] = (BASELINE, *(c for c in typing.get_args(Control) if c != BASELINE))
 METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
-"""How metrics are written in headings; another name stands as it is."""
+"""How metrics are written in headings, and their order; another name stands as it is, in front of these."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,8 @@ def _sections(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
 
 
 def _metrics(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row.cells))
+    names = dict.fromkeys(name for row in rows for name in row.cells)
+    return sorted(names, key=lambda name: list(METRICS).index(name) if name in METRICS else -1)
 
 
 def _pairs(row: Row, metrics: Sequence[str]) -> list[tuple[str, str]]:
@@ -268,7 +269,9 @@ def _pairs(row: Row, metrics: Sequence[str]) -> list[tuple[str, str]]:
         if cell is not None:
             value = _spread(f"{cell.mean:.{digits}f}", cell.std, cell.n, digits)
             if cell.difference is not None:
-                change = _spread(f"{cell.difference:+.{digits}f}", cell.difference_std, cell.n, digits)
+                change = _spread(
+                    f"{round(cell.difference, digits) + 0.0:+.{digits}f}", cell.difference_std, cell.n, digits
+                )
         pairs.append((value, change))
     return pairs
 
@@ -425,12 +428,16 @@ def _draw(ax: Axes, series: Sequence[Mapping[int, float]], colour: str, dashed: 
     if len(steps) < 15:
         line.set_marker("o")
         line.set_markersize(3)
-    if len(series) > 1:
+    if len(series) > 1 and len(steps) == 1:  # evaluated at the end only: a band would have no width
+        ax.errorbar(steps, mean, std, color=colour, linewidth=1, capsize=3, zorder=3)
+    elif len(series) > 1:
         ax.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.13, linewidth=0, zorder=2)
     return line
 
 
 def _frame(ax: Axes, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.set_ylabel(label, color=INK, fontsize=9)
     ax.grid(axis="y", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
@@ -438,4 +445,5 @@ def _frame(ax: Axes, label: str) -> None:
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
     ax.spines["bottom"].set_color("#999999")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     ax.margins(x=0.02)

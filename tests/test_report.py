@@ -19,7 +19,7 @@ def write_run(root: Path, control: str, seed: int, top1: float, steps: int = 20,
     lines: list[dict[str, float]] = [{"step": s, "cnn/loss": 2.0 / s + seed} for s in range(1, steps + 1)]
     lines += [{"step": s, "cnn/test_top1": top1 * s / steps} for s in range(5, steps + 1, 5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    metrics = {"cnn": {"top1": top1, "loss": 2.0 - top1 / 100}}
+    metrics = {"cnn": {"loss": 2.0 - top1 / 100, "top1": top1}}
     result = {"recipe": recipe, "control": control, "seed": seed, "steps": steps, "metrics": metrics}
     (folder / "result.json").write_text(json.dumps(result))
     return folder
@@ -188,3 +188,10 @@ def test_a_result_that_cannot_be_read(content: str, tmp_path: Path) -> None:
         ValueError, match=r"result.json cannot be read \(.*\): remove it and start the run again"
     ):
         report.find_runs([tmp_path])
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus(tmp_path: Path) -> None:
+    write_run(tmp_path, "none", 0, 50)
+    write_run(tmp_path, "transfer", 0, 49.999)
+    text = report.markdown(report.compare(report.find_runs([tmp_path])[0]))
+    assert "| transfer | 1 | 50.00 | +0.00 | 1.500 | +0.000 |" in text
