@@ -14,12 +14,12 @@ PLAIN = AdapterConfig(heads=2, dropout=0.0, ff_dropout=0.0)
 
 
 class Convolutions(nn.Module):
-    """A convolution with BatchNorm and a classifier."""
+    """A convolution with BatchNorm (GroupNorm for bf16 parameters) and a classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_norm: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 7, 3, padding=1)
-        self.norm = nn.BatchNorm2d(7)
+        self.norm = nn.BatchNorm2d(7) if batch_norm else nn.GroupNorm(1, 7)
         self.fc = nn.Linear(7, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,10 +46,10 @@ SITES = {
 """Mutual transfer: transfer -> (source, target), each (model, weight, rank)."""
 
 
-def build_pair(factor: bool = True) -> dict[str, nn.Module]:
+def build_pair(factor: bool = True, batch_norm: bool = True) -> dict[str, nn.Module]:
     """The two models, always with the same start; with the sites factorised by default."""
     torch.manual_seed(0)
-    models: dict[str, nn.Module] = {"conv": Convolutions(), "perceptron": Perceptron()}
+    models: dict[str, nn.Module] = {"conv": Convolutions(batch_norm), "perceptron": Perceptron()}
     if factor:
         for sites in SITES.values():
             for model, weight, rank in sites:
@@ -67,7 +67,8 @@ def batch(step: int, rank: int = 0, world: int = 1, rows: int = 8) -> tuple[Tens
 
 def loss(model: nn.Module, rows: tuple[Tensor, Tensor]) -> Tensor:
     """Cross-entropy, in fp32 whatever the model computes in."""
-    return F.cross_entropy(model(rows[0]).float(), rows[1])
+    x = rows[0].to(next(model.parameters()).dtype)
+    return F.cross_entropy(model(x).float(), rows[1])
 
 
 def zero(stage: int) -> dict[str, int]:

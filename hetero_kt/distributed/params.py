@@ -67,6 +67,7 @@ def check_writable(weight: Weight, name: str) -> None:
         raise ValueError(f"target {name}: parameters offloaded to NVMe cannot be written, offload them to cpu.")
 
 
+@torch.no_grad()
 def read(weights: Sequence[Weight], traffic: Traffic | None = None) -> list[Tensor]:
     """Whole fp32 copies of `weights`, equal on every rank, detached. Collective; one gather for all of them.
 
@@ -97,31 +98,32 @@ def read(weights: Sequence[Weight], traffic: Traffic | None = None) -> list[Tens
     return values  # type: ignore[return-value]
 
 
+@torch.no_grad()
 def write(weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "keep") -> None:
     """Set `weights` to `values` (whole, equal on every rank) in both copies; no communication.
 
     Args:
         moments: `keep` leaves the optimizer's state of a written weight as it is; `reset` zeroes it.
     """
-    with torch.no_grad():
-        for weight, value in zip(weights, values, strict=True):
-            parameter = weight.parameter
-            if value.shape != weight.shape:
-                raise ValueError(f"a value of shape {tuple(value.shape)} does not fit {tuple(weight.shape)}.")
-            if _partitioned(parameter):
-                piece = _own_piece(parameter, value)
-                parameter.ds_tensor.data.copy_(piece)
-                if parameter.ds_status == ZeroParamStatus.AVAILABLE:
-                    parameter.data.copy_(value)
-                safe_set_local_fp32_param(parameter, piece.float())
-            else:
+    for weight, value in zip(weights, values, strict=True):
+        parameter = weight.parameter
+        if value.shape != weight.shape:
+            raise ValueError(f"a value of shape {tuple(value.shape)} does not fit {tuple(weight.shape)}.")
+        if _partitioned(parameter):
+            piece = _own_piece(parameter, value)
+            parameter.ds_tensor.data.copy_(piece)
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
                 parameter.data.copy_(value)
-                if hasattr(parameter, "_hp_mapping"):
-                    safe_set_full_fp32_param(parameter, value.float())
-            if moments == "reset":
-                _reset_moments(weight)
+            safe_set_local_fp32_param(parameter, piece.float())
+        else:
+            parameter.data.copy_(value)
+            if hasattr(parameter, "_hp_mapping"):
+                safe_set_full_fp32_param(parameter, value.float())
+        if moments == "reset":
+            _reset_moments(weight)
 
 
+@torch.no_grad()
 def gradients(weights: Sequence[Weight]) -> list[Tensor]:
     """Whole gradients of `weights`, averaged over ranks; between the last backward and the step. Collective."""
     result = []
