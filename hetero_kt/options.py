@@ -22,6 +22,7 @@ import tyro
 import yaml
 
 from hetero_kt.config import Control, Data, Model, Recipe, Transfer
+from hetero_kt.distributed.launch import place
 from hetero_kt.models import build, known
 from hetero_kt.nn.reencode import list_weights
 
@@ -102,7 +103,7 @@ def leave(error: ValueError) -> NoReturn:
 
 def is_first_rank() -> bool:
     """True on the one process that may print, known before any process group exists."""
-    return _place("RANK", "SLURM_PROCID", 0) == 0
+    return place()[0] == 0
 
 
 def resolve(
@@ -140,7 +141,7 @@ def resolve(
     if options.zero_config:
         everywhere = {name: replace(model, zero=options.zero_config) for name, model in recipe.models.items()}
         recipe = replace(recipe, models=everywhere)
-    world = _place("WORLD_SIZE", "SLURM_NTASKS", 1)
+    _, world = place()
     check_options(options)
     if options.debug:
         recipe = shrink(recipe, world)
@@ -410,13 +411,6 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 # --- the arguments before tyro sees them ---
-
-
-def _place(name: str, slurm_name: str, alone: int) -> int:
-    """This process's place by its environment, the way `distributed.launch` will find it."""
-    if name in os.environ:
-        return int(os.environ[name])
-    return int(os.environ.get(slurm_name, alone)) if "SLURM_STEP_ID" in os.environ else alone
 
 
 def _without_local_rank(arguments: Sequence[str]) -> list[str]:

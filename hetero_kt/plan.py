@@ -86,9 +86,7 @@ def transfer_cost(recipe: Recipe, name: str, modules: dict[str, nn.Module]) -> T
     source, target = shapes
     with torch.device("meta"):
         adapter = build_adapter(transfer.adapter, target, source)
-    return TransferCost(
-        source, target, sum(p.numel() for p in adapter.parameters()), sum(gathered), gathered[1]
-    )
+    return TransferCost(source, target, sum(p.numel() for p in adapter.parameters()), sum(gathered), gathered[1])
 
 
 def show(recipe: Recipe, world: int) -> None:
@@ -99,7 +97,16 @@ def show(recipe: Recipe, world: int) -> None:
     }
     console = Console(highlight=False)
     table = Table(title=f"{recipe.name} on {world} rank(s): memory per rank without activations")
-    for heading in ("model", "ZeRO", "parameters", "MACs / picture", "weights", "gradients", "optimizer", "sent / step"):
+    for heading in (
+        "model",
+        "ZeRO",
+        "parameters",
+        "MACs / picture",
+        "weights",
+        "gradients",
+        "optimizer",
+        "sent / step",
+    ):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, model in recipe.models.items():
         cost = model_cost(modules[name], model, recipe.data[model.data].image_size, world)

@@ -1,7 +1,7 @@
 """Recipe -> models -> engines -> method -> trainer. Start reading here.
 
-    main(VARIANTS)         what a launcher calls: parse the command line, then one run, or a comparison of runs
-    run(recipe, ...)       one run in its folder <output_dir>/<name>/<control>/seed<k>
+main(VARIANTS)         what a launcher calls: parse the command line, then one run, or a comparison of runs
+run(recipe, ...)       one run in its folder <output_dir>/<name>/<control>/seed<k>
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,18 @@ from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import evaluate
 from hetero_kt.methods import mergenet
 from hetero_kt.nn import reencode
-from hetero_kt.options import Options, check, differences, from_yaml, parse, runs, split_site, to_yaml, zero_block
+from hetero_kt.options import (
+    Options,
+    check,
+    differences,
+    from_yaml,
+    leave,
+    parse,
+    runs,
+    split_site,
+    to_yaml,
+    zero_block,
+)
 from hetero_kt.tasks import classification
 from hetero_kt.trainer import Trainer
 
@@ -41,45 +52,52 @@ from hetero_kt.trainer import Trainer
 def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
     """A launcher's one call. Wrong input ends it with one sentence, on the first rank, before any engine starts."""
     recipe, options = parse(variants)
+    rank, world = launch.place()
     if options.plan:
-        plan.show(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+        if rank == 0:
+            plan.show(recipe, world)
         return
     ranks, stop = launch.start(), StopSignal()
     try:
         finished = all(run(one, options, ranks, stop) for one in runs(recipe, options))
     except UserError as error:
-        if ranks.first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(error)
     finally:
         dist.destroy_process_group()
     if finished and ranks.first:
         report.finish(Path(recipe.output_dir) / recipe.name)
 
 
-class UserError(Exception):
-    """Wrong input, said in one sentence; the cause is the ValueError that found it."""
+class UserError(ValueError):
+    """Wrong input, said in one sentence."""
 
 
 def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> bool:
     """One run, from its newest checkpoint on if there is one; False when a signal stopped it. Collective.
 
     Raises:
-        UserError: the recipe, its data or the run folder does not fit; raised before any engine starts.
+        UserError: the recipe, its data or the run folder does not fit; raised on all ranks before any engine starts.
+        TransferDiverged: proposals were not finite five times in a row; a checkpoint has been written.
     """
     folder = run_folder(recipe)
     last = min(recipe.steps, options.max_steps or recipe.steps)
     started = time.perf_counter()
+    if options.resume != "never" and finished_steps(folder) >= last:
+        return True
+    gc.collect()  # engines are full of cycles, and a comparison needs the last run's memory back
+    problem = ""
     try:
         check(recipe, ranks.world)
-        start_from = _prepare_folder(recipe, options, folder, ranks)
-        if finished_steps(folder) >= last:
-            return True
-        loaders, tests = _loaders(recipe, ranks)
-        modules = build_models(recipe, {name: loader.images.classes for name, loader in loaders.items()})
+        start_from = _find_start(recipe, options, folder)
+        modules = build_models(recipe)
         exchange = _exchange(recipe, modules)  # on the plain modules: every site is checked before an engine starts
+        train, test = _loaders(recipe, ranks)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        problem = str(error)
+    _agree(problem, ranks)
+    if ranks.first:
+        _open_folder(recipe, options, folder)
+    dist.barrier()
     parameters = {name: _parameters(module) for name, module in modules.items()}
     adapters = {name: _parameters(adapter) for name, adapter in exchange.adapters().items()}
     if ranks.first:
@@ -90,33 +108,42 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
     trainer = Trainer(
         recipe,
         method,
-        lambda step: _batches(recipe, loaders, step),
-        lambda name: evaluate(method.engines[name], tests[recipe.models[name].data], ranks.device),
+        lambda step: _batches(recipe, train, step),
+        lambda name: evaluate(method.engines[name], test[recipe.models[name].data], ranks.device),
         folder,
         ranks,
         stop,
         last=last,
     )
-    if start_from is not None:
-        trainer.resume(start_from)
-    with _profiled(folder, options.profile and ranks.first):
-        done = trainer.fit()
-    if done:
-        trainer.export()
-        if ranks.first:
-            result = {
-                "parameters": parameters,
-                "adapter_parameters": adapters,
-                "bytes_gathered": method.exchange.traffic.bytes,
-                "wall_seconds": round(time.perf_counter() - started, 1),
-            }
-            _write_result(recipe, folder, trainer, result)
-    dist.barrier()
-    for engine in method.engines.values():
-        engine.destroy()
-    del trainer, method, modules, exchange
-    gc.collect()
+    try:
+        if start_from is not None:
+            trainer.resume(start_from)
+        with _profiled(folder, options.profile and ranks.first):
+            done = trainer.fit()
+        if done:
+            trainer.export()
+            if ranks.first:
+                measured = {
+                    "parameters": parameters,
+                    "adapter_parameters": adapters,
+                    "bytes_gathered": method.exchange.traffic.bytes,
+                    "wall_seconds": round(time.perf_counter() - started, 1),
+                }
+                _write_result(recipe, folder, trainer, measured)
+        dist.barrier()
+    finally:
+        for engine in method.engines.values():
+            engine.destroy()
     return done
+
+
+def _agree(problem: str, ranks: Ranks) -> None:
+    """Raise on every rank what any rank has found, so that none waits for one that has left."""
+    problems: list[str] = [""] * ranks.world
+    dist.all_gather_object(problems, problem)
+    found = next((rank for rank, text in enumerate(problems) if text), None)
+    if found is not None:
+        raise UserError(f"rank {found}: {problems[found]}" if found else problems[0])
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -130,7 +157,7 @@ def finished_steps(folder: Path) -> int:
     return int(json.loads(result.read_text())["steps"]) if result.exists() else 0
 
 
-def build_models(recipe: Recipe, classes: Mapping[str, int]) -> dict[str, nn.Module]:
+def build_models(recipe: Recipe) -> dict[str, nn.Module]:
     """Every model, from a random stream of its own (so that no control changes another model's start), with the
     layers that exchange a factor re-parametrised."""
     modules = {}
@@ -138,7 +165,7 @@ def build_models(recipe: Recipe, classes: Mapping[str, int]) -> dict[str, nn.Mod
         launch.seed_everything(recipe.seed * 100_003 + zlib.crc32(name.encode()) % 100_003)
         modules[name] = models.build(
             model.name,
-            classes[model.data],
+            data.classes(recipe.data[model.data]),
             pretrained=model.pretrained,
             image_size=recipe.data[model.data].image_size,
             init=model.init,
@@ -163,7 +190,7 @@ def _exchange(recipe: Recipe, owners: Mapping[str, Any]) -> mergenet.Exchange:
     method: MergeNetRecipe = recipe.method
     transfers = []
     for name, t in method.transfers.items():
-        mode = "svd" if t.mode == "svd" else "full"
+        mode: Literal["svd", "full"] = "svd" if t.mode == "svd" else "full"
         (source, source_weight), (target, target_weight) = split_site(t.source), split_site(t.target)
         transfers.append(
             mergenet.Transfer(
@@ -200,13 +227,13 @@ def _method(recipe: Recipe, modules: Mapping[str, nn.Module], ranks: Ranks) -> m
 
 def _loaders(recipe: Recipe, ranks: Ranks) -> tuple[dict[str, data.Loader], dict[str, data.Loader]]:
     """Training and evaluation loaders, by the name of the data."""
-    train, test = {}, {}
+    train: dict[str, data.Loader] = {}
+    test: dict[str, data.Loader] = {}
     for name, d in recipe.data.items():
-        for part, loaders, augment in ((True, train, d.augment), (False, test, ())):
-            images = data.load(d, recipe.data_dir, train=part, seed=recipe.seed)
-            loaders[name] = data.Loader(
-                images, d.batch, recipe.seed, augment, ranks.rank, ranks.world, ranks.device
-            )
+        place = (ranks.rank, ranks.world, ranks.device)
+        images = data.load(d, recipe.data_dir, train=True)
+        train[name] = data.Loader(images, d.batch, recipe.seed, d.augment, *place)
+        test[name] = data.Loader(data.load(d, recipe.data_dir, train=False), d.batch, recipe.seed, (), *place)
     return train, test
 
 
@@ -216,36 +243,36 @@ def _batches(recipe: Recipe, loaders: Mapping[str, data.Loader], step: int) -> d
     return {name: drawn[model.data] for name, model in recipe.models.items()}
 
 
-def _prepare_folder(recipe: Recipe, options: Options, folder: Path, ranks: Ranks) -> Path | None:
-    """Check what lies in the run folder against the recipe; returns the checkpoint to start from. Collective."""
+def _find_start(recipe: Recipe, options: Options, folder: Path) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start; what lies in the folder must be of this recipe."""
     saved = folder / "recipe.yaml"
     if options.resume == "never":
-        if ranks.first and folder.exists():
-            for name in ("checkpoints", "tensorboard", "export"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "result.json", "recipe.yaml"):
-                (folder / name).unlink(missing_ok=True)
-        dist.barrier()
-    elif saved.exists():
+        return None
+    if saved.exists():
         changed = differences(from_yaml(saved.read_text()), recipe)
         if changed:
             raise ValueError(
-                f"--resume {options.resume}: {folder} holds a run of another recipe ({'; '.join(changed[:4])}): "
-                "use another --output-dir, or --resume never to begin again."
+                f"--resume {options.resume}: {folder} holds a run of another recipe, which differs in "
+                f"{', '.join(changed[:4])}: use another --output-dir, or --resume never to begin again."
             )
-    dist.barrier()  # every rank has compared before the first one writes
-    if ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(to_yaml(recipe))
-    if options.resume in ("auto", "never"):
+    if options.resume == "auto":
         found = checkpoint.complete(folder / "checkpoints")
-        start_from = found[-1] if found else None
-    else:
-        start_from = Path(options.resume)
-        if not (start_from / "DONE").exists():
-            raise ValueError(f"--resume: {start_from} is not a complete checkpoint (no DONE in it).")
-    dist.barrier()
-    return start_from
+        return found[-1] if found else None
+    path = Path(options.resume)
+    found = checkpoint.complete(path / "checkpoints")
+    if not found and not (path / "DONE").exists():
+        raise ValueError(f"--resume {path} holds no complete checkpoint: name a run folder or a checkpoint in it.")
+    return found[-1] if found else path
+
+
+def _open_folder(recipe: Recipe, options: Options, folder: Path) -> None:
+    if options.resume == "never":
+        for name in ("checkpoints", "tensorboard", "export"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "result.json"):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
 
 
 def _parameters(module: nn.Module) -> int:

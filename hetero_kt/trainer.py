@@ -110,7 +110,8 @@ class Trainer:
             with averaged_buffers(model):
                 self.metrics[name] = self.evaluate(name)
         self.log.scalars(
-            self.step, {f"{name}/test_{k}": v for name, values in self.metrics.items() for k, v in values.items()}
+            self.step,
+            {f"{name}/test_{k}": v for name, values in self.metrics.items() for k, v in values.items()},
         )
 
     def save(self) -> None:
@@ -154,7 +155,12 @@ class _Log:
             self.file = path.open("a", buffering=1)
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start + 1)
             self.console = Console()
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True)
             self.task = self.progress.add_task(self.name, total=self.last, completed=self.start, note="")
             self.progress.start()

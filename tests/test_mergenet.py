@@ -186,7 +186,10 @@ def test_ten_steps_with_three_mutual_transfers_equal_the_plain_reference(ranks: 
 def test_the_same_with_adamw(ranks: Any, world: int, stage: int) -> None:
     result = ranks(world).run(train, stage, OPTIMS["adamw"])[0]
     expected = reference(OPTIMS["adamw"], world)
-    del result["conv"]["conv.bias"], expected["conv"]["conv.bias"]  # in front of a norm: no gradient but rounding
+    del (
+        result["conv"]["conv.bias"],
+        expected["conv"]["conv.bias"],
+    )  # in front of a norm: no gradient but rounding
     assert_close(result, expected, [*MODELS, "logits"])
 
 

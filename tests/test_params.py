@@ -16,7 +16,10 @@ from hetero_kt.distributed import params
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.params import Traffic, Weight
 
-STILL = {"sgd": Optim(name="sgd", lr=0.0, weight_decay=0.0), "adamw": Optim(name="adamw", lr=0.0, weight_decay=0.0)}
+STILL = {
+    "sgd": Optim(name="sgd", lr=0.0, weight_decay=0.0),
+    "adamw": Optim(name="adamw", lr=0.0, weight_decay=0.0),
+}
 STAGES_AND_PRECISIONS = [
     (stage, precision)
     for stage in (0, 1, 2, 3)
@@ -182,7 +185,11 @@ def refusals() -> list[str]:
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), 0.1),
-        config={"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 0}},
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 0},
+        },
     )
     try:
         params.check_writable(Weight(engine, engine.module.first.weight), "first.weight")

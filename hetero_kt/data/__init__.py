@@ -10,11 +10,12 @@ from hetero_kt.config import Data
 from hetero_kt.data import counter
 from hetero_kt.data.cifar import cifar100
 from hetero_kt.data.digits import digits
+from hetero_kt.data.generated import CLASSES as GENERATED_CLASSES
 from hetero_kt.data.generated import generated
 from hetero_kt.data.images import ImageSet, class_counts, draw_per_class
 from hetero_kt.data.loader import Loader
 
-__all__ = ["ImageSet", "Loader", "load"]
+__all__ = ["ImageSet", "Loader", "classes", "load"]
 
 _VALIDATION, _SUBSET = (counter.key(0, part) for part in (0, 1))
 
@@ -47,6 +48,11 @@ def load(config: Data, data_dir: str = "", *, train: bool, seed: int = 0) -> Ima
         wanted = torch.full((images.classes,), config.per_class)
         images = images.take(draw_per_class(images.labels, wanted, _SUBSET))
     return images.resized(config.image_size)
+
+
+def classes(config: Data) -> int:
+    """Classes of a data set, known before it is read."""
+    return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES}[config.name]
 
 
 def _read(config: Data, data_dir: str, train: bool) -> ImageSet:

@@ -25,7 +25,11 @@ from torch import nn
 
 
 def save(
-    folder: Path, step: int, engines: Mapping[str, DeepSpeedEngine], method_state: Mapping[str, Any], keep: int = 2
+    folder: Path,
+    step: int,
+    engines: Mapping[str, DeepSpeedEngine],
+    method_state: Mapping[str, Any],
+    keep: int = 2,
 ) -> Path:
     """Write `folder/<step>`; collective. Older complete checkpoints beyond `keep` go, and so do torn ones."""
     target = folder / str(step)
@@ -98,7 +102,12 @@ def random_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": [version, list(numbers), gauss],
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss)],
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+        ],
         "numpy_cached": float(cached),
         "torch": torch.get_rng_state(),
     }

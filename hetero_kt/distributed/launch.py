@@ -38,7 +38,6 @@ def start() -> Ranks:
     """
     _fill_environment()
     cuda = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     import deepspeed
     from deepspeed.utils.logging import logger
 
@@ -60,6 +59,16 @@ def start() -> Ranks:
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def place() -> tuple[int, int]:
+    """(rank, world size) as the environment says, before any process group exists."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env.get("WORLD_SIZE", "1"))
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+    return 0, 1
 
 
 def _fill_environment() -> None:

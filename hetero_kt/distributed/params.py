@@ -41,7 +41,8 @@ class Weight:
     """One trained parameter, with the engine (or the plain module and its optimizer) that owns it."""
 
     owner: DeepSpeedEngine | nn.Module
-    parameter: nn.Parameter
+    parameter: Any
+    """An nn.Parameter, with what DeepSpeed hangs on it."""
     optimizer: torch.optim.Optimizer | None = None
     """Of a plain module; only needed to reset moments."""
 
@@ -201,7 +202,7 @@ def _device_of(parameter: Any) -> torch.device:
 
 
 def _reset_moments(weight: Weight) -> None:
-    parameter: Any = weight.parameter
+    parameter = weight.parameter
     if _partitioned(parameter):
         optimizer = parameter._z3_optimizer
         group, *_ = optimizer.grad_position[optimizer.get_param_id(parameter)]

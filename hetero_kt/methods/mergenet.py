@@ -23,7 +23,7 @@ from hetero_kt.config import Control, Optim, Schedule
 from hetero_kt.distributed import params
 from hetero_kt.distributed.engine import build_optimizer, build_schedule
 from hetero_kt.nn import reencode
-from hetero_kt.nn.adapter import AdapterConfig, build_adapter
+from hetero_kt.nn.adapter import Adapter, AdapterConfig, build_adapter
 
 BAD_IN_A_ROW = 5
 """Transfers in a row with a non-finite proposal after which a run is given up."""
@@ -149,7 +149,7 @@ class Exchange:
         log["transfer_seconds"] = torch.tensor(self._spent + time.perf_counter() - started)
         return log
 
-    def adapters(self) -> dict[str, nn.Module]:
+    def adapters(self) -> dict[str, Adapter]:
         """The adapter of each transfer, by the transfer's name."""
         return {path.name: path.adapter for path in self.paths if path.adapter is not None}
 
@@ -236,7 +236,7 @@ class _Path:
         self.source, self.target = _Side(transfer.source), _Side(transfer.target)
         params.check_writable(self.target.weight, transfer.target.weight)
         self.device = self.target.weight.parameter.device
-        self.adapter: nn.Module | None = None
+        self.adapter: Adapter | None = None
         if control not in ("none", "standardise"):
             with seeded(self.seed, self.device):
                 self.adapter = build_adapter(transfer.adapter, self.target.shape, self.source.shape).to(self.device)
