@@ -20,19 +20,18 @@ __all__ = ["ImageSet", "Loader", "classes", "load"]
 _VALIDATION, _SUBSET = (counter.key(0, part) for part in (0, 1))
 
 
-def load(config: Data, data_dir: str = "", *, train: bool, seed: int = 0) -> ImageSet:
+def load(config: Data, data_dir: str = "", *, train: bool) -> ImageSet:
     """The pictures to train on, or those to evaluate on.
 
     `data_dir` is the folder that holds `cifar100/` (see `hetero_kt.data.cifar` for layouts); empty takes the
     environment's HETERO_KT_DATA, then `data`. Splits, subsets and generated pictures are the same in every
-    run: a run's `seed` changes none of them, so that runs which differ in it can be compared.
+    run, whatever its seed, so that runs which differ in it can be compared.
 
     With `validation` set, evaluation takes that fraction of every class of the training set, and `per_class`
     samples are drawn from what is left.
 
     Raises ValueError for data that is missing or damaged, and for a subset that it cannot fill.
     """
-    del seed
     validating = config.validation > 0
     images = _read(config, data_dir, train or validating)
     if validating:
