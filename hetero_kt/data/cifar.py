@@ -41,17 +41,11 @@ def cifar100(data_dir: str, train: bool) -> ImageSet:
         pixels, labels = _from_hub(data_dir.removeprefix("hf:"), part)
     else:
         files = _find(Path(data_dir), part)
-        pixels, labels = _read(
-            tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-        )
+        pixels, labels = _read(tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
     if labels.size == 0:
-        raise ValueError(
-            f"CIFAR-100's {part} set in {data_dir} has no rows: name another folder with --data-dir"
-        )
+        raise ValueError(f"CIFAR-100's {part} set in {data_dir} has no rows: name another folder with --data-dir")
     if labels.min() < 0 or labels.max() >= CLASSES:
-        raise ValueError(
-            f"CIFAR-100's labels in {data_dir} are not 0 to 99: name another folder with --data-dir"
-        )
+        raise ValueError(f"CIFAR-100's labels in {data_dir} are not 0 to 99: name another folder with --data-dir")
     return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), CLASSES, _MEAN, _STD, "cifar100")
 
 
@@ -91,9 +85,7 @@ def _from_parquet(file: Path) -> tuple[np.ndarray, np.ndarray]:
         raise _damaged(file, error) from error
     encoded = table[image].to_pylist()
     if encoded and not (isinstance(encoded[0], dict) and isinstance(encoded[0].get("bytes"), bytes)):
-        raise ValueError(
-            f"{file}: column {image} holds no encoded pictures: name another folder with --data-dir"
-        )
+        raise ValueError(f"{file}: column {image} holds no encoded pictures: name another folder with --data-dir")
     labels = table[label].to_numpy().astype(np.int64)
     return _decode(file, (row["bytes"] for row in encoded), len(encoded)), labels
 
@@ -157,8 +149,7 @@ def _from_hub(name: str, part: str) -> tuple[np.ndarray, np.ndarray]:
         table = datasets.load_dataset(name, split=part)
     except Exception as error:  # whatever the library, its file systems or the network raise
         raise ValueError(
-            f"--data-dir hf:{name} cannot be loaded ({_first_line(error)}):"
-            f" name a local folder or a cached data set"
+            f"--data-dir hf:{name} cannot be loaded ({_first_line(error)}): name a local folder or a cached data set"
         ) from error
     image = _column(f"hf:{name}", table.column_names, _IMAGE_COLUMNS)
     label = _column(f"hf:{name}", table.column_names, _LABEL_COLUMNS)
@@ -178,9 +169,7 @@ def _column(file: Path | str, names: Sequence[str], wanted: Sequence[str]) -> st
 
 def _damaged(file: Path | str, error: Exception | str) -> ValueError:
     reason = error if isinstance(error, str) else _first_line(error)
-    return ValueError(
-        f"{file} cannot be read ({reason}): fetch it again, or name another folder with --data-dir"
-    )
+    return ValueError(f"{file} cannot be read ({reason}): fetch it again, or name another folder with --data-dir")
 
 
 def _first_line(error: Exception) -> str:

@@ -21,9 +21,7 @@ from hetero_kt.models import cifar
 __all__ = ["build", "classifier", "irb_projection", "known"]
 
 
-def build(
-    name: str, classes: int, *, pretrained: bool = False, image_size: int = 32, init: str = ""
-) -> nn.Module:
+def build(name: str, classes: int, *, pretrained: bool = False, image_size: int = 32, init: str = "") -> nn.Module:
     """Build a model with a classifier of `classes` outputs, initialised from torch's global generator.
 
     The model maps pictures (B, 3, H, W) to logits (B, classes). `image_size` matters only to models with a
@@ -85,9 +83,7 @@ def irb_projection(model: nn.Module, k: int) -> str:
         elif isinstance(module, DepthwiseSeparableConv):
             projections.append(f"{name}.conv_pw.weight")
     if not 1 <= k <= len(projections):
-        blocks = (
-            f"its blocks are 1 to {len(projections)}" if projections else "it has no inverted residual blocks"
-        )
+        blocks = f"its blocks are 1 to {len(projections)}" if projections else "it has no inverted residual blocks"
         raise ValueError(f"{type(model).__name__} has no inverted residual block {k}: {blocks}")
     return projections[k - 1]
 
@@ -132,22 +128,17 @@ def _build_timm(name: str, classes: int, pretrained: bool, image_size: int) -> n
 
 def _load(model: nn.Module, name: str, path: str) -> None:
     if not Path(path).is_file():
-        raise ValueError(
-            f"{name}: init names {path}, which is not a file: give an exported .safetensors file"
-        )
+        raise ValueError(f"{name}: init names {path}, which is not a file: give an exported .safetensors file")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{name}: init names {path}, which cannot be read as safetensors ({_first_line(error)}):"
-            f" export it again"
+            f"{name}: init names {path}, which cannot be read as safetensors ({_first_line(error)}): export it again"
         ) from error
     wrong = _misfits(model, tensors)
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"{name}: init names {path}, which is another model's ({wrong[0]}{more}): give its own file"
-        )
+        raise ValueError(f"{name}: init names {path}, which is another model's ({wrong[0]}{more}): give its own file")
     model.load_state_dict(tensors)
 
 
