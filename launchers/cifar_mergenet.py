@@ -69,15 +69,15 @@ def paper() -> Recipe:
 
 
 def cpu() -> Recipe:
-    optim, schedule = Optim("sgd", lr=0.05), Schedule("cosine", warmup=200)
+    optim, schedule = Optim("sgd", lr=0.1), Schedule("cosine", warmup=100)
     models = {
         "resnet": Model("cifar:resnet_small", data="cifar100", optim=optim, schedule=schedule),
         "mobilenetv2": Model("cifar:mobilenetv2_small", data="cifar100", optim=optim, schedule=schedule),
     }
     transfer = Transfer("resnet:fc.weight", "mobilenetv2:blocks.3.1.conv_pwl.weight", rank=16)
-    data = {"cifar100": Data(batch=64, augment=("crop", "flip"))}
+    data = {"cifar100": Data(augment=("crop", "flip"))}
     method = MergeNet({"to_mobilenetv2": transfer})
-    return Recipe("cifar_mergenet_cpu", models, data, method, steps=4000, eval_every=500, save_every=1000)
+    return Recipe("cifar_mergenet_cpu", models, data, method, steps=5 * EPOCH, eval_every=EPOCH)
 
 
 def aligned() -> Recipe:
@@ -95,19 +95,20 @@ def aligned() -> Recipe:
     )
     many = Data(batch=64, per_class=100, augment=("crop", "flip"))
     data = {"many": many, "few": replace(many, per_class=15)}
-    return Recipe("cifar_mergenet_aligned", models, data, MergeNet({"to_mobilenetv2": transfer}), steps=1500)
+    method = MergeNet({"to_mobilenetv2": transfer})
+    return Recipe("cifar_mergenet_aligned", models, data, method, steps=1000, eval_every=250)
 
 
 def digits() -> Recipe:
     models = {
-        "resnet": Model("cifar:resnet_tiny", data="many", optim=ADAMW, schedule=Schedule("cosine")),
-        "mobilenetv2": Model("cifar:mobilenetv2_tiny", data="few", optim=ADAMW, schedule=Schedule("cosine")),
+        "resnet": Model("cifar:resnet_tiny", "many", optim=replace(ADAMW, lr=4e-3), schedule=Schedule("cosine")),
+        "mobilenetv2": Model("cifar:mobilenetv2_tiny", "few", optim=ADAMW, schedule=Schedule("cosine")),
     }
     transfer = Transfer("resnet:fc.weight", "mobilenetv2:blocks.2.1.conv_pwl.weight", rank=8)
     many = Data("digits", batch=32, augment=())
     data = {"many": many, "few": replace(many, per_class=5)}
     method = MergeNet({"to_mobilenetv2": transfer})
-    return Recipe("digits_mergenet", models, data, method, steps=120, eval_every=20)
+    return Recipe("digits_mergenet", models, data, method, steps=160, eval_every=20)
 
 
 VARIANTS = {

@@ -66,9 +66,9 @@ def batch(step: int, rank: int = 0, world: int = 1, rows: int = 8) -> tuple[Tens
 
 
 def loss(model: nn.Module, rows: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross-entropy, in fp32 whatever the model computes in."""
-    x = rows[0].to(next(model.parameters()).dtype)
-    return F.cross_entropy(model(x).float(), rows[1])
+    """Cross-entropy, in fp32 at least, whatever the model computes in."""
+    logits = model(rows[0].to(next(model.parameters()).dtype))
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), rows[1])
 
 
 def zero(stage: int) -> dict[str, int]:
