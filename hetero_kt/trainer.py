@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -79,25 +80,35 @@ class Trainer:
         Raises:
             TransferDiverged: after a checkpoint has been written.
         """
-        self.log = _Log(self.folder, self.step, self.last, self.recipe.name, self.ranks)
+        recipe = self.recipe
+        # A checkpoint may be older than its step's evaluation (a signal came first): a resumed run makes sure of it.
+        again = self.step > 0 and self._due(recipe.eval_every)
+        self.log = _Log(self.folder, self.step, self.last, recipe.name, self.ranks, evaluated_again=again)
         with self.log:
+            if again:
+                self.evaluate_all()
             while self.step < self.last:
                 try:
                     self._one_step()
                 except TransferDiverged:
+                    self.log.write(self.step)
                     self.save()
                     raise
-                if self.step % self.recipe.log_every == 0 or self.step == self.last:
+                logs, saves = self._due(recipe.log_every), self._due(recipe.save_every)
+                if logs or saves:  # a checkpoint's losses are in the log, so that none is lost or told twice
                     self.log.write(self.step)
-                    if self.stop.agreed(self.ranks.device):
-                        self.save()
-                        return False
-                at_end = self.step == self.last
-                if at_end or (self.recipe.eval_every and self.step % self.recipe.eval_every == 0):
+                if logs and self.stop.agreed(self.ranks.device):
+                    self.save()
+                    return False
+                if self._due(recipe.eval_every):
                     self.evaluate_all()
-                if at_end or (self.recipe.save_every and self.step % self.recipe.save_every == 0):
+                if saves:
                     self.save()
         return True
+
+    def _due(self, every: int) -> bool:
+        """True after each `every` steps (0: never) and at the end."""
+        return self.step == self.last or (every > 0 and self.step % every == 0)
 
     def _one_step(self) -> None:
         self.log.add(self.method.step(self.step, self.batches(self.step)))
@@ -138,8 +149,11 @@ class _Log:
     """Scalars of a run: kept on the device, read once per interval, written by the first rank to metrics.jsonl and
     TensorBoard, the latest beside the progress bar."""
 
-    def __init__(self, folder: Path, start: int, last: int, name: str, ranks: Ranks) -> None:
+    def __init__(
+        self, folder: Path, start: int, last: int, name: str, ranks: Ranks, *, evaluated_again: bool
+    ) -> None:
         self.folder, self.start, self.last, self.ranks = folder, start, last, ranks
+        self.evaluated_again = evaluated_again
         self.sums: dict[str, Tensor] = {}
         self.latest: dict[str, Tensor] = {}
         self.count = 0
@@ -150,8 +164,9 @@ class _Log:
         if self.ranks.first:
             path = self.folder / "metrics.jsonl"
             lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= self.start]
-            path.write_text("".join(line + "\n" for line in kept))  # what a killed run wrote after its last save goes
+            part = path.with_suffix(".part")
+            part.write_text("".join(line + "\n" for line in lines if self._stays(line)))
+            os.replace(part, path)  # in one go: a kill here must not cost the run its history
             self.file = path.open("a", buffering=1)
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start + 1)
             self.console = Console()
@@ -165,6 +180,15 @@ class _Log:
             self.task = self.progress.add_task(self.name, total=self.last, completed=self.start, note="")
             self.progress.start()
         return self
+
+    def _stays(self, line: str) -> bool:
+        """False for what a stopped run wrote after its last checkpoint, and for a line that a kill cut short."""
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            return False
+        evaluation = any("/test_" in name for name in values)
+        return values["step"] < self.start + (not (evaluation and self.evaluated_again))
 
     def __exit__(self, *_: object) -> None:
         if self.ranks.first:
@@ -183,6 +207,8 @@ class _Log:
 
     def write(self, step: int) -> None:
         """Mean losses since the last call, over ranks too, and the newest of everything else. Collective."""
+        if not self.count:
+            return
         names = sorted(self.sums)
         losses = torch.stack([self.sums[name].float() for name in names]) / self.count
         dist.all_reduce(losses)
@@ -197,7 +223,9 @@ class _Log:
         """Write `values` of this step, on the first rank."""
         if not self.ranks.first:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN and no infinity
+        written = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, **written}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         note = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if k.endswith(("/loss", "/test_top1")))
@@ -205,10 +233,3 @@ class _Log:
         if not self.console.is_terminal:
             self.console.print(f"{self.name}  step {step}/{self.last}  {note}", highlight=False)
 
-
-def _whole(line: str) -> bool:
-    """False for the last line of a run that was killed while writing it."""
-    try:
-        return "step" in json.loads(line)
-    except json.JSONDecodeError:
-        return False

@@ -82,12 +82,12 @@ def cpu() -> Recipe:
 
 def aligned() -> Recipe:
     models = {
-        "resnet": Model("cifar:resnet_small", data="many", optim=ADAMW, schedule=Schedule("cosine")),
-        "mobilenetv2": Model("cifar:mobilenetv2_small", data="few", optim=ADAMW, schedule=Schedule("cosine")),
+        "mobilenetv2": Model("cifar:mobilenetv2_small", "many", optim=ADAMW, schedule=Schedule("cosine")),
+        "resnet": Model("cifar:resnet_tiny", "few", optim=ADAMW, schedule=Schedule("cosine")),
     }
     transfer = Transfer(
-        "resnet:fc.weight",
-        "mobilenetv2:classifier.weight",  # row i of both belongs to class i
+        "mobilenetv2:classifier.weight",
+        "resnet:fc.weight",  # row i of both belongs to class i
         cycle=1,
         mode="full",
         adapter=AdapterConfig(kind="aligned"),
@@ -95,7 +95,7 @@ def aligned() -> Recipe:
     )
     many = Data(batch=64, per_class=100, augment=("crop", "flip"))
     data = {"many": many, "few": replace(many, per_class=15)}
-    method = MergeNet({"to_mobilenetv2": transfer})
+    method = MergeNet({"to_resnet": transfer})
     return Recipe("cifar_mergenet_aligned", models, data, method, steps=1000, eval_every=250)
 
 

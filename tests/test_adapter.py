@@ -19,9 +19,7 @@ TARGET, SOURCE = (5, 12), (7, 9)
 
 def matrices(target=TARGET, source=SOURCE, scale=0.02, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    return tuple(
-        (torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(dtype) for s in (target, source)
-    )
+    return tuple((torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(dtype) for s in (target, source))
 
 
 def built(target=TARGET, source=SOURCE, seed=0, **options):
@@ -149,10 +147,7 @@ def test_published_head_widths():
 def test_compact_is_below_15_percent_of_its_two_models(source):
     adapter = build_adapter(AdapterConfig(), (160, 960), source)
     assert adapter.num_parameters() < 0.15 * (23.7e6 + 2.4e6)
-    assert all(
-        attention.heads * attention.head_width == 64
-        for attention in adapter.body.to_target[0].lpka.attentions
-    )
+    assert all(attention.heads * attention.head_width == 64 for attention in adapter.body.to_target[0].lpka.attentions)
 
 
 def test_published_feed_forward_has_unit_spectral_norm():
@@ -215,9 +210,7 @@ def test_each_unfolding_mixes_along_its_own_axes(unfolding):
     target, source = matrices(scale=1.0)
     shuffled_rows, shuffled_columns = source[torch.randperm(7)], source[:, [1, 2, 3, 4, 5, 6, 7, 8, 0]]
     same, other = (
-        (shuffled_rows, shuffled_columns)
-        if UNFOLDINGS[unfolding][1] == "row"
-        else (shuffled_columns, shuffled_rows)
+        (shuffled_rows, shuffled_columns) if UNFOLDINGS[unfolding][1] == "row" else (shuffled_columns, shuffled_rows)
     )
     torch.testing.assert_close(adapter(target, same), adapter(target, source))
     assert not torch.allclose(adapter(target, other), adapter(target, source), atol=1e-6)
@@ -269,9 +262,7 @@ def test_an_open_gate_keeps_row_means_and_scales(kind):
     proposal = adapter(target, source)
     assert not torch.allclose(proposal, target, rtol=1e-2)
     torch.testing.assert_close(proposal.mean(1), target.mean(1), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(
-        proposal.std(1, correction=0), target.std(1, correction=0), rtol=1e-3, atol=1e-6
-    )
+    torch.testing.assert_close(proposal.std(1, correction=0), target.std(1, correction=0), rtol=1e-3, atol=1e-6)
 
 
 def test_output_layernorm_overwrites_and_has_no_gate():
@@ -283,9 +274,7 @@ def test_output_layernorm_overwrites_and_has_no_gate():
 def test_standardised_input_ignores_offset_and_scale():
     adapter = built(output="layernorm").eval()
     target, source = matrices()
-    torch.testing.assert_close(
-        adapter(50 * target + 3, 7 * source - 1), adapter(target, source), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(adapter(50 * target + 3, 7 * source - 1), adapter(target, source), atol=1e-4, rtol=0)
     raw = built(output="layernorm", input="raw").eval()
     assert not torch.allclose(raw(target, 7 * source), raw(target, source), atol=1e-5)
 
@@ -302,9 +291,7 @@ def test_standardised_input_makes_the_proposal_see_its_source():
 
 @pytest.mark.parametrize("constant", [0.0, 0.3])
 def test_constant_matrices_stay_finite_in_both_directions(constant):
-    for target, source in itertools.product(
-        [torch.full(TARGET, constant), matrices()[0]], [torch.zeros(SOURCE)]
-    ):
+    for target, source in itertools.product([torch.full(TARGET, constant), matrices()[0]], [torch.zeros(SOURCE)]):
         adapter = built()
         proposal = adapter(target, source)
         proposal.backward(torch.ones_like(proposal))
@@ -354,9 +341,7 @@ def test_aligned_reads_token_by_token(source, axis):
     adapter = built(source=source, kind="aligned", input="raw", output="layernorm")
     target, source = matrices(source=source)
     matrix = adapter.body.map.weight
-    torch.testing.assert_close(
-        adapter(target, source), source @ matrix.T if axis == "row" else matrix @ source
-    )
+    torch.testing.assert_close(adapter(target, source), source @ matrix.T if axis == "row" else matrix @ source)
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
 

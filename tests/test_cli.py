@@ -79,9 +79,7 @@ def test_export_of_an_unfinished_run_says_what_to_do(run: Path, capsys: pytest.C
 
 def test_export_that_was_deleted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "export" / "cnn.safetensors").unlink()
-    assert "has lost its export: start its launcher again with --resume never." in fails(
-        capsys, "export", str(run)
-    )
+    assert "has lost its export: start its launcher again with --resume never." in fails(capsys, "export", str(run))
 
 
 def test_plan_runs_the_launcher_with_its_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -113,9 +113,7 @@ def test_control_is_the_methods(arguments: list[str]) -> None:
 
 
 def test_two_controls_that_disagree_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"--control noise and --method.control frozen disagree: give --control"
-    ):
+    with pytest.raises(ValueError, match=r"--control noise and --method.control frozen disagree: give --control"):
         resolve("--control", "noise", "--method.control", "frozen")
 
 
@@ -166,8 +164,7 @@ def test_what_tyro_refuses_is_shown_with_the_nearest(
         (["--variant", "papr"], "--variant papr is unknown: use default or short."),
         (
             ["--models.resnet5.optim.lr", "1"],
-            "--models.resnet5.optim.lr is about a model that recipe cifar does not have: "
-            "use resnet50 or mobilenetv2.",
+            "--models.resnet5.optim.lr is about a model that recipe cifar does not have: use resnet50 or mobilenetv2.",
         ),
         (
             ["--data.cifar10.batch=3"],
@@ -224,9 +221,7 @@ def test_print_shows_the_recipe_that_would_run(capsys: pytest.CaptureFixture[str
     assert (printed.steps, printed.method.control) == (12, "noise")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--print"], ["--steps", "0"], ["--stps", "1"], ["--variant", "x"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["--print"], ["--steps", "0"], ["--stps", "1"], ["--variant", "x"]])
 def test_other_ranks_end_alike_and_say_nothing(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -335,14 +330,12 @@ TO = "--method.transfers.to_mobilenetv2"
         (
             with_model(schedule=Schedule(milestones=(0.5, 60.0))),
             1,
-            "--models.resnet50.schedule.milestones 0.5 60.0 are fractions of the run: "
-            "use numbers from 0 to 1.",
+            "--models.resnet50.schedule.milestones 0.5 60.0 are fractions of the run: use numbers from 0 to 1.",
         ),
         (
             with_model(pretrained=True, init="x.safetensors"),
             1,
-            "--models.resnet50.pretrained and --models.resnet50.init both say where to start: "
-            "give one of them.",
+            "--models.resnet50.pretrained and --models.resnet50.init both say where to start: give one of them.",
         ),
         (
             with_model(zero="ds_configs/zero0.json", precision="bf16"),
@@ -409,9 +402,7 @@ def test_wrong_recipes_are_one_sentence(wrong: Recipe, world: int, message: str 
         options.check(wrong, world)
     assert one_sentence(str(error.value))
     if message is None:
-        assert str(error.value).startswith(
-            "--models.resnet50.name cifar:resnet5 is no model: use cifar:resnet"
-        )
+        assert str(error.value).startswith("--models.resnet50.name cifar:resnet5 is no model: use cifar:resnet")
     else:
         assert str(error.value) == message
 
@@ -423,9 +414,7 @@ def test_good_recipes_pass() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_shipped_zero_files_hold_the_block_alone(
-    stage: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_shipped_zero_files_hold_the_block_alone(stage: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # relative paths are found beside the package too
     assert options.zero_block(f"ds_configs/zero{stage}.json")["stage"] == stage
 
@@ -441,13 +430,11 @@ def test_a_block_may_stand_under_its_name(tmp_path: Path) -> None:
     [
         (
             '{"zero_optimization": {"stage": 1}, "train_batch_size": 8}',
-            "holds train_batch_size, which is not part of the zero_optimization block: "
-            "set it with --data.NAME.batch.",
+            "holds train_batch_size, which is not part of the zero_optimization block: set it with --data.NAME.batch.",
         ),
         (
             '{"stage": 1, "bf16": {"enabled": true}}',
-            "holds bf16, which is not part of the zero_optimization block: "
-            "set it with --models.NAME.precision.",
+            "holds bf16, which is not part of the zero_optimization block: set it with --models.NAME.precision.",
         ),
         (
             '{"zero_optimization": {"stage": 1}, "flops_profiler": {}}',
@@ -462,8 +449,7 @@ def test_a_block_may_stand_under_its_name(tmp_path: Path) -> None:
         ),
         (
             "[1]",
-            "holds no JSON object: "
-            "write a zero_optimization block as ds_configs/zero0.json to zero3.json do.",
+            "holds no JSON object: write a zero_optimization block as ds_configs/zero0.json to zero3.json do.",
         ),
     ],
 )
@@ -478,9 +464,7 @@ def test_zero_files_that_hold_something_else(content: str, problem: str, tmp_pat
 def test_a_zero_file_that_is_not_json(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
     file.write_text('{"stage": 1,}')
-    with pytest.raises(
-        ValueError, match=r"is not JSON \(.*\): mend it, or use ds_configs/zero0.json to zero3.json\.$"
-    ):
+    with pytest.raises(ValueError, match=r"is not JSON \(.*\): mend it, or use ds_configs/zero0.json to zero3.json\.$"):
         options.zero_block(str(file))
 
 
@@ -529,9 +513,7 @@ def test_shrunk_transfers_name_weights_that_exist() -> None:
 def test_two_targets_stay_two_when_shrunk() -> None:
     base = recipe()
     self_transfers = {
-        f"to_{block}": Transfer(
-            "mobilenetv2:classifier.weight", f"mobilenetv2:blocks.{block}.conv_pwl.weight"
-        )
+        f"to_{block}": Transfer("mobilenetv2:classifier.weight", f"mobilenetv2:blocks.{block}.conv_pwl.weight")
         for block in ("5.2", "5.1", "1.1")
     }
     small = options.shrink(replace(base, method=MergeNet(self_transfers)))
@@ -567,17 +549,13 @@ optims = st.builds(
 )
 schedules = st.builds(Schedule, milestones=st.lists(numbers, max_size=3).map(tuple), warmup=st.integers())
 made_models = st.builds(Model, name=names, data=names, init=st.text(), optim=optims, schedule=schedules)
-made_data = st.builds(
-    Data, batch=st.integers(), augment=st.lists(st.sampled_from(["crop", "flip"])).map(tuple)
-)
+made_data = st.builds(Data, batch=st.integers(), augment=st.lists(st.sampled_from(["crop", "flip"])).map(tuple))
 made_transfers = st.builds(
     Transfer,
     source=names,
     target=names,
     mode=st.sampled_from(["factor", "full", "svd"]),
-    adapter=st.builds(
-        AdapterConfig, kind=st.sampled_from(["lpka", "mlp"]), joint=st.booleans(), gate=numbers
-    ),
+    adapter=st.builds(AdapterConfig, kind=st.sampled_from(["lpka", "mlp"]), joint=st.booleans(), gate=numbers),
     optim=optims,
 )
 made_recipes = st.builds(
@@ -638,9 +616,7 @@ def test_empty_yaml() -> None:
 
 
 def test_differences_name_fields_that_decide_numbers() -> None:
-    other = replace(
-        with_model(optim=Optim(lr=0.2)), output_dir="x", keep=9, eval_every=5, data_dir="y", log_every=3
-    )
+    other = replace(with_model(optim=Optim(lr=0.2)), output_dir="x", keep=9, eval_every=5, data_dir="y", log_every=3)
     assert options.differences(recipe(), other) == ["models.resnet50.optim.lr"]
     fewer = replace(recipe(), method=MergeNet({}), steps=1)
     assert "method.transfers.to_resnet50.rank" in options.differences(recipe(), fewer)

@@ -170,13 +170,9 @@ def test_metrics_of_a_killed_run(tmp_path: Path) -> None:
 
 
 def test_bad_folders_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"gone does not exist: give run folders, or a folder that holds some"
-    ):
+    with pytest.raises(ValueError, match=r"gone does not exist: give run folders, or a folder that holds some"):
         report.find_runs([tmp_path / "gone"])
-    with pytest.raises(
-        ValueError, match=r"holds no run: give a folder with a recipe.yaml in it or below it\."
-    ):
+    with pytest.raises(ValueError, match=r"holds no run: give a folder with a recipe.yaml in it or below it\."):
         report.find_runs([tmp_path])
 
 
@@ -184,9 +180,7 @@ def test_bad_folders_are_one_sentence(tmp_path: Path) -> None:
 def test_a_result_that_cannot_be_read(content: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path, "none", 0, 1)
     (folder / "result.json").write_text(content)
-    with pytest.raises(
-        ValueError, match=r"result.json cannot be read \(.*\): remove it and start the run again"
-    ):
+    with pytest.raises(ValueError, match=r"result.json cannot be read \(.*\): remove it and start the run again"):
         report.find_runs([tmp_path])
 
 

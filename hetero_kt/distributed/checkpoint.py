@@ -55,7 +55,9 @@ def save(
         (target / "DONE").write_text(f"step {step}, {dist.get_world_size()} ranks\n")
         for old in complete(folder)[:-keep]:
             (old / "DONE").unlink()  # first the marker: a kill in between must not leave half of a valid one
-            shutil.rmtree(old)
+        for path in folder.glob("*"):
+            if path.name.isdigit() and not (path / "DONE").exists():
+                shutil.rmtree(path)
     dist.barrier()
     return target
 
@@ -66,20 +68,31 @@ def complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name))
 
 
+def check(path: Path, world: int) -> None:
+    """Refuse, before any engine starts, what `load` cannot restore on `world` ranks.
+
+    Raises:
+        ValueError: not a complete checkpoint, a renamed one, or one of another number of ranks.
+    """
+    if not (path / "DONE").exists():
+        raise ValueError(f"--resume {path} is not a complete checkpoint (no DONE in it): name a complete one.")
+    if not path.name.isdigit():
+        raise ValueError(f"--resume {path} is not named by its step: give the checkpoint its number back.")
+    saved = len(list(path.glob("rank*.pt")))
+    if saved != world:
+        raise ValueError(
+            f"--resume: {path} was written by {saved} rank(s) and there are {world} now: "
+            f"start {saved}, or begin again with --resume never."
+        )
+
+
 def load(path: Path, engines: Mapping[str, DeepSpeedEngine]) -> dict[str, Any]:
     """Restore every engine, this rank's buffers and its random state; returns the method's state. Collective.
 
     Raises:
-        ValueError: not a complete checkpoint, or one of another number of ranks.
+        ValueError: as `check`.
     """
-    if not (path / "DONE").exists():
-        raise ValueError(f"--resume: {path} is not a complete checkpoint (no DONE in it): name a complete one.")
-    saved_ranks = len(list(path.glob("rank*.pt")))
-    if saved_ranks != dist.get_world_size():
-        raise ValueError(
-            f"--resume: {path} was written by {saved_ranks} ranks and there are {dist.get_world_size()} now: "
-            f"start {saved_ranks}, or begin again with --resume never."
-        )
+    check(path, dist.get_world_size())
     for name, engine in engines.items():
         engine.load_checkpoint(str(path), tag=name)
     mine = torch.load(path / f"rank{dist.get_rank()}.pt", weights_only=True, map_location="cpu")

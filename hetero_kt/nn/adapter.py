@@ -167,9 +167,7 @@ class LPKA(nn.Module):
         parts = []
         for (target, source), attention in zip(self.unfoldings, self.attentions, strict=True):
             tokens_SE = source_NM if source == "row" else source_NM.T
-            parts.append(
-                attention(target_nm, tokens_SE) if target == "row" else attention(target_nm.T, tokens_SE).T
-            )
+            parts.append(attention(target_nm, tokens_SE) if target == "row" else attention(target_nm.T, tokens_SE).T)
         return torch.einsum("i,inm->nm", self.omega(), torch.stack(parts))
 
 
@@ -203,12 +201,8 @@ class TransferLayers(nn.Module):
     def __init__(self, config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]):
         super().__init__()
         updates = config.layers - 1 if config.joint else 0
-        self.to_target = nn.ModuleList(
-            TransferStep(config, target_shape, source_shape) for _ in range(config.layers)
-        )
-        self.to_source = nn.ModuleList(
-            TransferStep(config, source_shape, target_shape) for _ in range(updates)
-        )
+        self.to_target = nn.ModuleList(TransferStep(config, target_shape, source_shape) for _ in range(config.layers))
+        self.to_source = nn.ModuleList(TransferStep(config, source_shape, target_shape) for _ in range(updates))
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
         for i, to_target in enumerate(self.to_target):
@@ -278,9 +272,7 @@ def standardise(x: Tensor, dim: int | None = None) -> Tensor:
     return (x - mean) / std.clamp_min(TINY)
 
 
-def build_adapter(
-    config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]
-) -> Adapter:
+def build_adapter(config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]) -> Adapter:
     """An adapter for a target of (n, m) and a source of (N, M), initialised from torch's global generator.
 
     Raises ValueError where the configuration cannot be built: layers or heads below 1, more heads than inner

@@ -116,9 +116,7 @@ def from_matrix(matrix: Tensor, weight: Tensor, part: str | None = None) -> Tens
     """
     expected = to_matrix(weight, part).shape
     if matrix.shape != expected:
-        raise ValueError(
-            f"a matrix of {tuple(matrix.shape)} does not fit here: give one of {tuple(expected)}."
-        )
+        raise ValueError(f"a matrix of {tuple(matrix.shape)} does not fit here: give one of {tuple(expected)}.")
     thirds = list(to_matrix(weight).chunk(3 if part else 1))
     thirds[_third(part)] = matrix.to(weight.dtype)
     return torch.cat(thirds).reshape(weight.shape)
