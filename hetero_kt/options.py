@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,8 @@ Variants = Mapping[str, Callable[[], Recipe]]
 
 CONTROLS: tuple[str, ...] = typing.get_args(Control)
 SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
+PATIENCE = 10.0
+"""Seconds that other ranks stay behind the first when a start ends in error."""
 DEBUG_STEPS = 4
 DEBUG_BATCH = 8
 DEBUG_RANK = 4
@@ -71,9 +74,7 @@ class _CommandLine:
     options: Annotated[Options, tyro.conf.arg(name="")]
 
 
-def parse(
-    variants: Variants | Callable[[], Recipe], argv: Sequence[str] | None = None
-) -> tuple[Recipe, Options]:
+def parse(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | None = None) -> tuple[Recipe, Options]:
     """Read the command line; print and leave where it asks for that or is wrong.
 
     Args:
@@ -87,6 +88,10 @@ def parse(
         recipe, options = resolve(variants, argv)
     except ValueError as error:
         leave(error)
+    except SystemExit as end:  # tyro's, after its help or its complaint
+        if end.code and not is_first_rank():
+            _let_the_first_speak()
+        raise
     if options.print:
         if is_first_rank():
             print(to_yaml(recipe), end="", flush=True)
@@ -94,11 +99,18 @@ def parse(
     return recipe, options
 
 
-def leave(error: ValueError) -> NoReturn:
-    """End the process over a user's mistake: one sentence from the first rank, no traceback, status 2."""
+def leave(error: Exception, status: int = 2) -> NoReturn:
+    """End the process over a user's mistake: one sentence from the first rank, no traceback."""
     if is_first_rank():
         print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    else:
+        _let_the_first_speak()
+    raise SystemExit(status)
+
+
+def _let_the_first_speak() -> None:
+    """Starters end all ranks once one has left in error: the others wait, or the first might never get to say why."""
+    time.sleep(PATIENCE)
 
 
 def is_first_rank() -> bool:
@@ -106,9 +118,7 @@ def is_first_rank() -> bool:
     return place()[0] == 0
 
 
-def resolve(
-    variants: Variants | Callable[[], Recipe], argv: Sequence[str] | None = None
-) -> tuple[Recipe, Options]:
+def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | None = None) -> tuple[Recipe, Options]:
     """As `parse`, but bad values raise ValueError, and nothing is printed but tyro's own help and complaints.
 
     Precedence, from weak to strong: the variant's recipe, single fields (`--models.NAME.optim.lr`), then
@@ -116,7 +126,7 @@ def resolve(
     """
     if not isinstance(variants, Mapping):
         variants = {"default": variants}
-    arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
+    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
     variant = _value_of("--variant", arguments) or next(iter(variants))
     if variant not in variants:
         raise ValueError(f"--variant {variant} is unknown: use {_nearest(variant, variants)}.")
@@ -134,8 +144,7 @@ def resolve(
         options = replace(options, control=recipe.method.control)
     elif recipe.method.control not in (base.method.control, options.control):
         raise ValueError(
-            f"--control {options.control} and --method.control {recipe.method.control} disagree: "
-            "give --control only."
+            f"--control {options.control} and --method.control {recipe.method.control} disagree: give --control only."
         )
     recipe = replace(recipe, method=replace(recipe.method, control=options.control))
     if options.zero_config:
@@ -180,13 +189,9 @@ def check_options(options: Options) -> None:
         raise ValueError(f"--seeds names {repeated[0]} twice: give every seed once.")
     if options.resume not in ("auto", "never"):
         if not Path(options.resume).is_dir():
-            raise ValueError(
-                f"--resume {options.resume} is no folder: use auto, never or the path of a checkpoint."
-            )
+            raise ValueError(f"--resume {options.resume} is no folder: use auto, never or the path of a checkpoint.")
         if options.compare or len(options.seeds) > 1:
-            raise ValueError(
-                "--resume PATH continues one run: leave out --compare and --seeds, or use --resume auto."
-            )
+            raise ValueError("--resume PATH continues one run: leave out --compare and --seeds, or use --resume auto.")
 
 
 def check(recipe: Recipe, world: int = 1) -> None:
@@ -225,14 +230,10 @@ def _check_data(name: str, data: Data, world: int) -> None:
     _at_least(f"{option}.per-class", data.per_class, 0)
     _at_least(f"{option}.image-size", data.image_size, 1)
     if not 0 <= data.validation < 1:
-        raise ValueError(
-            f"{option}.validation {data.validation} is no fraction: use at least 0 and less than 1."
-        )
+        raise ValueError(f"{option}.validation {data.validation} is no fraction: use at least 0 and less than 1.")
     if data.batch % world:
         fits = max(world, data.batch - data.batch % world)
-        raise ValueError(
-            f"{option}.batch {data.batch} does not divide over {world} ranks: use {fits}, for example."
-        )
+        raise ValueError(f"{option}.batch {data.batch} does not divide over {world} ranks: use {fits}, for example.")
 
 
 def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) -> None:
@@ -276,9 +277,7 @@ def _check_transfer(option: str, transfer: Transfer, models: Mapping[str, Model]
                 f"as in {next(iter(models))}:{weight}."
             )
     if transfer.source == transfer.target:
-        raise ValueError(
-            f"{option} reads and writes the same weight {transfer.target}: name another source or target."
-        )
+        raise ValueError(f"{option} reads and writes the same weight {transfer.target}: name another source or target.")
     _at_least(f"{option}.cycle", transfer.cycle, 1)
     _at_least(f"{option}.rank", transfer.rank, 1)
     _at_least(f"{option}.source-rank", transfer.source_rank, 0)
@@ -364,22 +363,16 @@ def zero_block(path: str, option: str = "--zero-config") -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         reason = str(error).rstrip(".")
-        raise ValueError(
-            f"{option} {path} is not JSON ({reason}): mend it, or use {SHIPPED_ZERO}."
-        ) from error
+        raise ValueError(f"{option} {path} is not JSON ({reason}): mend it, or use {SHIPPED_ZERO}.") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{option} {path} holds no JSON object: write a zero_optimization block as {SHIPPED_ZERO} do."
-        )
+        raise ValueError(f"{option} {path} holds no JSON object: write a zero_optimization block as {SHIPPED_ZERO} do.")
     block = content.get("zero_optimization", content)
     strangers = [key for key in content if key != "zero_optimization"] if block is not content else []
     strangers = [key for key in content if key in BELONGS_ELSEWHERE] or strangers
     if strangers:
         key = strangers[0]
         mend = f"set it with {BELONGS_ELSEWHERE[key]}" if key in BELONGS_ELSEWHERE else "take it out"
-        raise ValueError(
-            f"{option} {path} holds {key}, which is not part of the zero_optimization block: {mend}."
-        )
+        raise ValueError(f"{option} {path} holds {key}, which is not part of the zero_optimization block: {mend}.")
     stage = block.get("stage") if isinstance(block, dict) else None
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ValueError(f"{option} {path} needs a stage from 0 to 3, as {SHIPPED_ZERO} have.")
@@ -413,7 +406,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 # --- the arguments before tyro sees them ---
 
 
-def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
     """Drop what the `deepspeed` command adds: --local_rank=N or --local_rank N, also with a dash."""
     kept: list[str] = []
     skip = False
@@ -480,9 +473,7 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
     share = -(-DEBUG_BATCH // world)
     micro_batch = _largest_divisor(share, share // 2) if share > 1 else 0
     data = {
-        name: replace(
-            entry, name="generated", batch=share * world, per_class=0, validation=0.0, image_size=32
-        )
+        name: replace(entry, name="generated", batch=share * world, per_class=0, validation=0.0, image_size=32)
         for name, entry in recipe.data.items()
     }
     models = {
@@ -626,8 +617,7 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
 def _typed_dataclass(kind: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(
-            f"recipe.yaml: {path.lstrip('.') or 'the file'} is {value!r}, "
-            f"not a mapping of {_name(kind)}'s fields."
+            f"recipe.yaml: {path.lstrip('.') or 'the file'} is {value!r}, not a mapping of {_name(kind)}'s fields."
         )
     hints = typing.get_type_hints(kind)
     for key in value:

@@ -25,6 +25,8 @@ from hetero_kt.distributed.engine import build_optimizer, build_schedule
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import Adapter, AdapterConfig, build_adapter
 
+SENSITIVITY_EVERY = 10
+"""Transfers between two measurements of source sensitivity, which take two more forwards of the adapter."""
 BAD_IN_A_ROW = 5
 """Transfers in a row with a non-finite proposal after which a run is given up."""
 
@@ -246,6 +248,7 @@ class _Path:
             self.schedule = build_schedule(self.optimizer, transfer.schedule, steps // transfer.cycle)
         self.noises: dict[int, Tensor] = {}
         self.updates = 0
+        self.sensitivity = torch.full((), torch.nan, device=self.device)
         self.bad_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
 
     def propose(self, source: Tensor, target: Tensor, step: int) -> None:
@@ -261,7 +264,8 @@ class _Path:
             self.bad_in_a_row = torch.where(self.finite, 0, self.bad_in_a_row + 1)
             # chosen on the device: a host that looked would wait for everything queued so far
             self.accepted = torch.where(self.finite, self.proposal.detach(), self.before.to(self.proposal.dtype))
-            self.sensitivity = self._source_sensitivity(source, step)
+            if step // self.transfer.cycle % SENSITIVITY_EVERY == 0:
+                self.sensitivity = self._source_sensitivity(source)
         self.at_step = step
 
     def _adapt(self, source: Tensor) -> Tensor:
@@ -292,7 +296,7 @@ class _Path:
             self.noises[stream] = torch.randn(like.shape, generator=generator).to(like)
         return self.noises[stream] * like.std() + like.mean()
 
-    def _source_sensitivity(self, source: Tensor, step: int) -> Tensor:
+    def _source_sensitivity(self, source: Tensor) -> Tensor:
         """How much the proposal changes, relative to its size, when the source is swapped for noise."""
         if self.adapter is None:
             return torch.zeros((), device=self.device)
@@ -357,7 +361,11 @@ class _Path:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"updates": self.updates, "bad_in_a_row": int(self.bad_in_a_row)}
+        state: dict[str, Any] = {
+            "updates": self.updates,
+            "bad_in_a_row": int(self.bad_in_a_row),
+            "sensitivity": self.sensitivity,
+        }
         if self.adapter is not None:
             state |= {"adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict()}
         return state
@@ -365,6 +373,7 @@ class _Path:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates = state["updates"]
         self.bad_in_a_row = torch.full_like(self.bad_in_a_row, state["bad_in_a_row"])
+        self.sensitivity = state["sensitivity"].to(self.device)
         self.at_step = -1
         if self.adapter is not None:
             self.adapter.load_state_dict(state["adapter"])
