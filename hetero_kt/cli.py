@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,10 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_sites)
 
     command = commands.add_parser("plan", help="print what a launcher's run would cost, without running it")
+    command.add_argument("--ranks", type=int, default=1, help="processes to plan for (1); name it before the launcher")
     command.add_argument("launcher", metavar="LAUNCHER", help="launchers/cifar_mergenet.py, ...")
-    command.add_argument(
-        "options", nargs=argparse.REMAINDER, metavar="...", help="the launcher's own options"
-    )
+    command.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="the launcher's own options")
     command.set_defaults(command=_plan)
 
     command = commands.add_parser("report", help="compare finished runs over controls and seeds")
@@ -87,9 +87,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not launcher.is_file():
         near = ", ".join(map(str, sorted(Path("launchers").glob("*.py")))) or "a launcher's path"
         raise ValueError(f"plan: {launcher} does not exist: use {near}.")
-    return subprocess.run(
-        [sys.executable, str(launcher), *arguments.options, "--plan"], check=False
-    ).returncode
+    if arguments.ranks < 1:
+        raise ValueError(f"plan: --ranks {arguments.ranks} is no number of processes: use 1 or more.")
+    first_of_many = os.environ | {"RANK": "0", "WORLD_SIZE": str(arguments.ranks)}
+    command = [sys.executable, str(launcher), *arguments.options, "--plan"]
+    return subprocess.run(command, check=False, env=first_of_many).returncode
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -100,9 +102,7 @@ def _report(arguments: argparse.Namespace) -> int:
         runs, unfinished = report.find_runs(arguments.runs)
         file = Path(arguments.markdown)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            report.markdown(report.compare(runs), report.remarks(runs, unfinished)), encoding="utf-8"
-        )
+        file.write_text(report.markdown(report.compare(runs), report.remarks(runs, unfinished)), encoding="utf-8")
     if arguments.png:
         report.curves(arguments.runs, arguments.png)
     return 0
@@ -115,9 +115,7 @@ def _export(arguments: argparse.Namespace) -> int:
     for run in finished:
         files = sorted((run.folder / "export").glob("*.safetensors"))
         if not files:
-            raise ValueError(
-                f"export: {run.folder} has lost its export: start its launcher again with --resume never."
-            )
+            raise ValueError(f"export: {run.folder} has lost its export: start its launcher again with --resume never.")
         for file in files:
             print(file)
     for folder in unfinished:

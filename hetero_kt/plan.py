@@ -95,7 +95,7 @@ def show(recipe: Recipe, world: int) -> None:
         name: models.build(m.name, data.classes(recipe.data[m.data]), image_size=recipe.data[m.data].image_size)
         for name, m in recipe.models.items()
     }
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=110)
     table = Table(title=f"{recipe.name} on {world} rank(s): memory per rank without activations")
     for heading in (
         "model",

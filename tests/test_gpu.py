@@ -1,0 +1,48 @@
+"""What only a CUDA device can show; skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def losses(folder: Path, on_gpu: bool, *options: str) -> tuple[str, list[float]]:
+    """Device and training losses of one debug run in a process of its own."""
+    env = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    if not on_gpu:
+        env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(ROOT / "launchers" / "cifar_mergenet.py"), "--debug", "--output-dir", str(folder)]
+    subprocess.run([*command, *options], env=env, check=True, capture_output=True, text=True, timeout=300)
+    run = next(folder.glob("*/*/seed0"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    device = json.loads((run / "result.json").read_text())["device"]
+    return device, [line["mobilenetv2/loss"] for line in lines if "mobilenetv2/loss" in line]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_debug_run_on_a_gpu_equals_the_one_on_the_cpu(tmp_path: Path, stage: int) -> None:
+    option = ("--zero-config", f"ds_configs/zero{stage}.json")
+    on, gpu = losses(tmp_path / "gpu", True, *option)
+    off, cpu = losses(tmp_path / "cpu", False, *option)
+    assert on != "cpu"
+    assert off == "cpu"
+    assert gpu == pytest.approx(cpu, rel=2e-3)  # dropout of the adapters draws other numbers on a GPU
+
+
+@pytest.mark.gpu
+def test_the_benchmark_measures_on_the_gpu(tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "exchange.py"), "--json", str(file), "--turns", "2"]
+    subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=300)
+    figures = json.loads(file.read_text())
+    assert figures["device"] != "cpu"
+    assert figures["ratio"] > 0

@@ -1,0 +1,89 @@
+"""The plan's figures equal what is known, and what a run then measures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from small import zero
+
+from hetero_kt import models, plan, run
+from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Transfer
+from hetero_kt.distributed.engine import build_engine
+from hetero_kt.options import without_local_rank
+from hetero_kt.tasks import classification
+
+
+def test_parameters_and_macs_of_resnet18_are_the_published_ones() -> None:
+    module = models.build("timm:resnet18", 1000, image_size=224)
+    cost = plan.model_cost(module, Model("timm:resnet18", "d"), 224, world=1)
+    assert cost.parameters == 11_689_512
+    assert cost.macs / 1e9 == pytest.approx(1.814, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "states", "sent"),
+    [(0, 4, 4, 4, 6), (1, 4, 4, 2, 6), (2, 4, 1, 2, 6), (3, 1, 1, 2, 9)],
+)
+def test_zero_stages_divide_what_they_should(
+    stage: int, weights: float, gradients: float, states: float, sent: float
+) -> None:
+    """Bytes per parameter on one of four ranks: SGD with momentum keeps a master copy and one moment."""
+    module = models.build("cifar:resnet_tiny", 10)
+    model = Model("cifar:resnet_tiny", "d", optim=Optim(name="sgd"), zero=f"ds_configs/zero{stage}.json")
+    cost = plan.model_cost(module, model, 32, world=4)
+    count = cost.parameters
+    got = [cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes, cost.sent_bytes]
+    assert [b / count for b in got] == pytest.approx([weights, gradients, states, sent], rel=1e-3)
+
+
+def recipe(mode: Any) -> Recipe:
+    names = {"resnet": "cifar:resnet_tiny", "mobilenetv2": "cifar:mobilenetv2_tiny"}
+    return Recipe(
+        "planned",
+        {name: Model(path, "d", zero="ds_configs/zero3.json") for name, path in names.items()},
+        {"d": Data("generated", batch=8, augment=())},
+        MergeNet({"t": Transfer("resnet:fc.weight", "mobilenetv2:blocks.2.1.conv_pwl.weight", 1, mode, rank=4)}),
+        steps=1,
+    )
+
+
+def measured_bytes(mode: Any) -> tuple[int, int]:
+    one = recipe(mode)
+    modules = run.build_models(one)
+    engines = {
+        name: build_engine(m, optim=Optim(), zero=zero(3), micro_batch=8 // dist.get_world_size())
+        for name, m in modules.items()
+    }
+    exchange = run._exchange(one, engines)
+    loader = run._loaders(one, run.Ranks(dist.get_rank(), dist.get_world_size(), 0, engines["resnet"].device))[0]["d"]
+    exchange.propose()
+    before = exchange.traffic.bytes
+    for engine in engines.values():
+        engine.backward(classification.loss(engine, loader.batch(0)))
+        engine.step()
+    exchange.learn()
+    for engine in engines.values():
+        engine.destroy()
+    return before, exchange.traffic.bytes - before
+
+
+@pytest.mark.parametrize("mode", ["factor", "full", "svd"])
+def test_a_transfer_gathers_the_planned_bytes(ranks: Any, mode: Any) -> None:
+    one = recipe(mode)
+    plain = {name: models.build(m.name, 100) for name, m in one.models.items()}
+    cost = plan.transfer_cost(one, "t", plain)
+    before, after = ranks(2).run(measured_bytes, mode)[0]
+    assert (before, after) == (cost.gathered_before, cost.gathered_after)
+
+
+def test_the_plan_prints_every_model_and_transfer(capsys: Any) -> None:
+    plan.show(recipe("factor"), 4)
+    printed = capsys.readouterr().out
+    for word in ("resnet", "mobilenetv2", "on 4 rank(s)", "4x96", "ZeRO"):
+        assert word in printed
+
+
+def test_local_rank_of_the_deepspeed_command_is_dropped() -> None:
+    assert without_local_rank(["--local_rank=1", "--seed", "3", "--local-rank", "0"]) == ["--seed", "3"]
