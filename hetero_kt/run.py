@@ -52,16 +52,21 @@ from hetero_kt.trainer import Trainer
 def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
     """A launcher's one call. Wrong input ends it with one sentence, on the first rank, before any engine starts."""
     recipe, options = parse(variants)
-    rank, world = launch.place()
-    if options.plan:
-        if rank == 0:
-            plan.show(recipe, world)
-        return
-    ranks, stop = launch.start(), StopSignal()
+    try:
+        if options.plan:
+            rank, world = launch.place()
+            if rank == 0:
+                plan.show(recipe, world)
+            return
+        ranks, stop = launch.start(), StopSignal()
+    except ValueError as error:
+        leave(error)
     try:
         finished = all(run(one, options, ranks, stop) for one in runs(recipe, options))
     except UserError as error:
         leave(error)
+    except mergenet.TransferDiverged as error:
+        leave(error, status=1)
     finally:
         dist.destroy_process_group()
     if finished and ranks.first:
@@ -82,19 +87,18 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
     folder = run_folder(recipe)
     last = min(recipe.steps, options.max_steps or recipe.steps)
     started = time.perf_counter()
-    if options.resume != "never" and finished_steps(folder) >= last:
-        return True
     gc.collect()  # engines are full of cycles, and a comparison needs the last run's memory back
-    problem = ""
-    try:
+    with _agreed(ranks):
         check(recipe, ranks.world)
-        start_from = _find_start(recipe, options, folder)
+        start_from = _find_start(recipe, options, folder, ranks.world)
+    if options.resume == "auto" and finished_steps(folder) >= last:
+        if ranks.first:
+            print(f"{folder} is finished: nothing to do (--resume never begins again)", flush=True)
+        return True
+    with _agreed(ranks):
         modules = build_models(recipe)
         exchange = _exchange(recipe, modules)  # on the plain modules: every site is checked before an engine starts
         train, test = _loaders(recipe, ranks)
-    except ValueError as error:
-        problem = str(error)
-    _agree(problem, ranks)
     if ranks.first:
         _open_folder(recipe, options, folder)
     dist.barrier()
@@ -118,7 +122,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
     try:
         if start_from is not None:
             trainer.resume(start_from)
-        with _profiled(folder, options.profile and ranks.first):
+        with _profiled(folder, options.profile and ranks.first) as trainer.after_step:
             done = trainer.fit()
         if done:
             trainer.export()
@@ -137,8 +141,14 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
     return done
 
 
-def _agree(problem: str, ranks: Ranks) -> None:
-    """Raise on every rank what any rank has found, so that none waits for one that has left."""
+@contextmanager
+def _agreed(ranks: Ranks) -> Iterator[None]:
+    """What any rank finds wrong inside is raised on every rank, so that none waits for one that has left."""
+    problem = ""
+    try:
+        yield
+    except ValueError as error:
+        problem = str(error)
     problems: list[str] = [""] * ranks.world
     dist.all_gather_object(problems, problem)
     found = next((rank for rank, text in enumerate(problems) if text), None)
@@ -243,36 +253,49 @@ def _batches(recipe: Recipe, loaders: Mapping[str, data.Loader], step: int) -> d
     return {name: drawn[model.data] for name, model in recipe.models.items()}
 
 
-def _find_start(recipe: Recipe, options: Options, folder: Path) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start; what lies in the folder must be of this recipe."""
-    saved = folder / "recipe.yaml"
+def _find_start(recipe: Recipe, options: Options, folder: Path, world: int) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start; it, and what lies in the folder, must be of this recipe."""
     if options.resume == "never":
         return None
-    if saved.exists():
-        changed = differences(from_yaml(saved.read_text()), recipe)
-        if changed:
-            raise ValueError(
-                f"--resume {options.resume}: {folder} holds a run of another recipe, which differs in "
-                f"{', '.join(changed[:4])}: use another --output-dir, or --resume never to begin again."
-            )
-    if options.resume == "auto":
-        found = checkpoint.complete(folder / "checkpoints")
-        return found[-1] if found else None
-    path = Path(options.resume)
+    _check_same_recipe(recipe, folder, options.resume)
+    path = folder if options.resume == "auto" else Path(options.resume).resolve()
     found = checkpoint.complete(path / "checkpoints")
-    if not found and not (path / "DONE").exists():
+    if found:
+        path = found[-1]
+    elif options.resume == "auto":
+        return None
+    elif not (path / "DONE").exists():
         raise ValueError(f"--resume {path} holds no complete checkpoint: name a run folder or a checkpoint in it.")
-    return found[-1] if found else path
+    checkpoint.check(path, world)
+    _check_same_recipe(recipe, path.parents[1], options.resume)
+    return path
+
+
+def _check_same_recipe(recipe: Recipe, folder: Path, resume: str) -> None:
+    saved = folder / "recipe.yaml"
+    changed = differences(from_yaml(saved.read_text()), recipe) if saved.exists() else []
+    if changed:
+        raise ValueError(
+            f"--resume {resume}: {folder} holds a run of another recipe, which differs in "
+            f"{', '.join(changed[:4])}: use another --output-dir, or --resume never to begin again."
+        )
 
 
 def _open_folder(recipe: Recipe, options: Options, folder: Path) -> None:
     if options.resume == "never":
         for name in ("checkpoints", "tensorboard", "export"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "result.json"):
-            (folder / name).unlink(missing_ok=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)  # of a shorter run: it would mark this one as finished
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    _write_whole(folder / "recipe.yaml", to_yaml(recipe))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """`text` in `path` in one go: a kill leaves the old file or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def _parameters(module: nn.Module) -> int:
@@ -287,15 +310,22 @@ def _announce(recipe: Recipe, parameters: Mapping[str, int], adapters: Mapping[s
 
 
 @contextmanager
-def _profiled(folder: Path, wanted: bool) -> Iterator[None]:
-    """With --profile, a trace of the run for TensorBoard or a browser's trace viewer."""
+def _profiled(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
+    """With --profile, a trace of the third to sixth step for TensorBoard or a browser's trace viewer.
+
+    Gives what has to be called after each step.
+    """
     if not wanted:
-        yield
+        yield lambda: None
         return
-    with torch.profiler.profile() as profile:
-        yield
-    profile.export_chrome_trace(str(folder / "profile.json"))
-    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
+
+    def write(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(folder / "profile.json"))
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
+
+    steps = torch.profiler.schedule(wait=1, warmup=1, active=4, repeat=1)
+    with torch.profiler.profile(schedule=steps, on_trace_ready=write) as profile:
+        yield profile.step
 
 
 def _write_result(recipe: Recipe, folder: Path, trainer: Trainer, measured: Mapping[str, Any]) -> None:
@@ -314,9 +344,7 @@ def _write_result(recipe: Recipe, folder: Path, trainer: Trainer, measured: Mapp
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         **measured,
     }
-    part = folder / "result.json.part"
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(part, folder / "result.json")
+    _write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
 
 
 def commit() -> str:

@@ -65,6 +65,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.method, self.batches, self.evaluate = recipe, method, batches, evaluate
         self.folder, self.ranks, self.stop, self.last = folder, ranks, stop, last
+        self.after_step: Callable[[], None] = lambda: None
         self.checkpoints = folder / "checkpoints"
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
@@ -113,6 +114,7 @@ class Trainer:
     def _one_step(self) -> None:
         self.log.add(self.method.step(self.step, self.batches(self.step)))
         self.step += 1
+        self.after_step()
 
     def evaluate_all(self) -> None:
         """Every model's metrics, with BatchNorm statistics averaged over ranks for the while."""
@@ -149,14 +151,13 @@ class _Log:
     """Scalars of a run: kept on the device, read once per interval, written by the first rank to metrics.jsonl and
     TensorBoard, the latest beside the progress bar."""
 
-    def __init__(
-        self, folder: Path, start: int, last: int, name: str, ranks: Ranks, *, evaluated_again: bool
-    ) -> None:
+    def __init__(self, folder: Path, start: int, last: int, name: str, ranks: Ranks, *, evaluated_again: bool) -> None:
         self.folder, self.start, self.last, self.ranks = folder, start, last, ranks
         self.evaluated_again = evaluated_again
         self.sums: dict[str, Tensor] = {}
         self.latest: dict[str, Tensor] = {}
         self.count = 0
+        self.said = start  # the step of the last line where there is no terminal for a bar
         self.clock = time.perf_counter()
         self.name = name
 
@@ -187,8 +188,8 @@ class _Log:
             values = json.loads(line)
         except json.JSONDecodeError:
             return False
-        evaluation = any("/test_" in name for name in values)
-        return values["step"] < self.start + (not (evaluation and self.evaluated_again))
+        told_again = self.evaluated_again and any("/test_" in name for name in values)
+        return values["step"] < self.start or (values["step"] == self.start and not told_again)
 
     def __exit__(self, *_: object) -> None:
         if self.ranks.first:
@@ -230,6 +231,7 @@ class _Log:
             self.board.add_scalar(name, value, step)
         note = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if k.endswith(("/loss", "/test_top1")))
         self.progress.update(self.task, completed=step, note=note)
-        if not self.console.is_terminal:
+        evaluated = any("/test_" in name for name in values)
+        if evaluated or (not self.console.is_terminal and step - self.said >= self.last // 5):
             self.console.print(f"{self.name}  step {step}/{self.last}  {note}", highlight=False)
-
+            self.said = step

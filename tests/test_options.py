@@ -228,10 +228,13 @@ def test_other_ranks_end_alike_and_say_nothing(
     with pytest.raises(SystemExit) as first:
         options.parse(VARIANTS, arguments)
     assert "".join(capsys.readouterr())
+    waited: list[float] = []
+    monkeypatch.setattr(options.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as other:
         options.parse(VARIANTS, arguments)
     assert other.value.code == first.value.code
+    assert bool(waited) == bool(first.value.code)  # a starter ends all ranks at the first failure: the one that speaks
     assert "".join(capsys.readouterr()) == ""
 
 

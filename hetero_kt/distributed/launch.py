@@ -35,6 +35,9 @@ def start() -> Ranks:
     Looks for RANK (deepspeed, torchrun), then for a Slurm step, else starts a group of one. Nothing is compiled:
     DeepSpeed would build its shared-memory op on CPU at the first start, minutes behind a file lock that a killed
     start leaves behind for ever, so that op is switched off before anything can wait for it.
+
+    Raises:
+        ValueError: one sentence about an environment that names no meeting point, or too few GPUs.
     """
     _fill_environment()
     cuda = torch.cuda.is_available()
@@ -45,17 +48,17 @@ def start() -> Ranks:
     if not cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
-    if cuda and local_rank >= torch.cuda.device_count():
+    ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's name, deepspeed's
+    wanted = int(ranks_here or local_rank + 1)
+    if cuda and wanted > torch.cuda.device_count():
         raise ValueError(
-            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): "
-            "start one process per GPU."
+            f"{wanted} ranks on a machine with {torch.cuda.device_count()} visible GPU(s): start one process per GPU."
         )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(ranks_here or os.environ["WORLD_SIZE"])))
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
@@ -89,8 +92,11 @@ def _fill_environment() -> None:
 
 
 def _first_slurm_host() -> str:
-    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise ValueError("scontrol does not tell this Slurm job's hosts: set MASTER_ADDR to the first.") from error
 
 
 def free_port() -> int:
