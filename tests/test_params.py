@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils import safe_get_full_fp32_param
 from small import zero
 from torch import Tensor, nn
@@ -210,6 +212,32 @@ def test_what_cannot_be_written_is_refused_with_the_mend(ranks: Any) -> None:
     assert "stage 1" in users
     assert "first.weight" in users
     assert "frozen" in frozen
+
+
+class Elsewhere(DeepSpeedEngine):
+    """An engine as far as `check_writable` looks, with settings that this machine cannot have."""
+
+    def __init__(self, device: str = "cpu", hpz: int = 1) -> None:
+        nn.Module.__init__(self)
+        self.device_name, self.hpz = device, hpz
+
+    def zero_optimization_stage(self) -> int:
+        return 3
+
+    def zero_offload_param(self) -> Any:
+        return DeepSpeedZeroOffloadParamConfig(device=self.device_name)
+
+    def zero_hpz_partition_size(self) -> int:
+        return self.hpz
+
+
+def test_copies_that_a_write_cannot_reach_are_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    params.check_writable(Weight(Elsewhere(), parameter), "w")
+    with pytest.raises(ValueError, match="NVMe"):
+        params.check_writable(Weight(Elsewhere("nvme"), parameter), "w")
+    with pytest.raises(ValueError, match="zero_hpz_partition_size"):
+        params.check_writable(Weight(Elsewhere(hpz=2), parameter), "w")
 
 
 def whole_state(stage: int, precision: str) -> bool:

@@ -63,9 +63,16 @@ def check_writable(weight: Weight, name: str) -> None:
             f"target {name}: ZeRO stage 0 with {str(parameter.dtype).removeprefix('torch.')} parameters has no "
             "master copy to write to: use ZeRO stage 1, or autocast."
         )
-    offload = owner.zero_offload_param() if owner.zero_optimization_stage() == 3 else None
-    if offload is not None and str(offload.device) == "nvme":
+    if owner.zero_optimization_stage() < 3:
+        return
+    offload = owner.zero_offload_param()
+    if offload is not None and offload.device == "nvme":
         raise ValueError(f"target {name}: parameters offloaded to NVMe cannot be written, offload them to cpu.")
+    if owner.zero_hpz_partition_size() > 1:
+        raise ValueError(
+            f"target {name}: zero_hpz_partition_size keeps a third copy of every weight that a write would miss, "
+            "leave it at 1."
+        )
 
 
 @torch.no_grad()
