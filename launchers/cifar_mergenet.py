@@ -82,12 +82,12 @@ def cpu() -> Recipe:
 
 def aligned() -> Recipe:
     models = {
-        "mobilenetv2": Model("cifar:mobilenetv2_small", "many", optim=ADAMW, schedule=Schedule("cosine")),
-        "resnet": Model("cifar:resnet_tiny", "few", optim=ADAMW, schedule=Schedule("cosine")),
+        "source": Model("cifar:resnet_small", "many", optim=ADAMW, schedule=Schedule("cosine")),
+        "target": Model("cifar:resnet_tiny", "few", optim=ADAMW, schedule=Schedule("cosine")),
     }
     transfer = Transfer(
-        "mobilenetv2:classifier.weight",
-        "resnet:fc.weight",  # row i of both belongs to class i
+        "source:fc.weight",
+        "target:fc.weight",  # row i of both belongs to class i
         cycle=1,
         mode="full",
         adapter=AdapterConfig(kind="aligned"),
@@ -95,8 +95,8 @@ def aligned() -> Recipe:
     )
     many = Data(batch=64, per_class=100, augment=("crop", "flip"))
     data = {"many": many, "few": replace(many, per_class=15)}
-    method = MergeNet({"to_resnet": transfer})
-    return Recipe("cifar_mergenet_aligned", models, data, method, steps=1000, eval_every=250)
+    method = MergeNet({"to_target": transfer})
+    return Recipe("cifar_mergenet_aligned", models, data, method, steps=1500, eval_every=500)
 
 
 def digits() -> Recipe:
