@@ -1,0 +1,149 @@
+"""A run that was stopped, by anything, goes on as if it had not been."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import Plan
+
+from hetero_kt.distributed import checkpoint
+from hetero_kt.options import Options
+from hetero_kt.run import run_folder
+
+
+@pytest.mark.parametrize(("stage", "dropout"), [(0, 0.4), (1, 0.0), (1, 0.4), (2, 0.4), (3, 0.4)])
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(
+    ranks: Any, tmp_path: Path, stage: int, dropout: float
+) -> None:
+    plan = Plan(dropout=dropout)
+    whole = tiny.recipe(tmp_path / "whole", stage)
+    uninterrupted = tiny.train(ranks(2), whole, Options(), plan)
+    assert all(end["moved"] for end in uninterrupted), "BatchNorm's statistics are part of the state"
+    assert not torch.equal(*(end["random"]["torch"] for end in uninterrupted)), "each rank has its own random state"
+
+    parts = tiny.recipe(tmp_path / "parts", stage, save_every=1)
+    stopped = tiny.train(ranks(2), parts, Options(max_steps=3), plan)
+    assert [end["first_step"] for end in stopped] == [0, 0]
+    resumed = tiny.train(ranks(2), parts, Options(), plan)
+    assert [end["first_step"] for end in resumed] == [3, 3]
+    tiny.assert_same_end(resumed, uninterrupted)
+    assert tiny.lines(run_folder(parts))[-2:] == tiny.lines(run_folder(whole))[-2:]
+
+
+def test_saving_and_evaluating_at_every_step_change_nothing(ranks: Any, tmp_path: Path) -> None:
+    plan = Plan(dropout=0.4)
+    never = tiny.train(ranks(2), tiny.recipe(tmp_path / "never"), Options(), plan)
+    always = tiny.recipe(tmp_path / "always", save_every=1, eval_every=1)
+    tiny.assert_same_end(tiny.train(ranks(2), always, Options(), plan), never)
+    assert [p.name for p in checkpoint.complete(run_folder(always) / "checkpoints")] == ["5", "6"], "two are kept"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_the_run_goes_on(
+    ranks: Any, tmp_path: Path, number: int
+) -> None:
+    whole = tiny.recipe(tmp_path / "whole", eval_every=4)
+    uninterrupted = tiny.train(ranks(2), whole)
+    parts = tiny.recipe(tmp_path / "parts", eval_every=4)
+    folder = run_folder(parts)
+    for rank, step in ((1, 3), (0, 4)):  # the first one comes at a step that is evaluated
+        stopped = tiny.train(ranks(2), parts, Options(), Plan(signals=((rank, step, number),)))
+        assert [end["done"] for end in stopped] == [False, False]
+        assert checkpoint.complete(folder / "checkpoints")[-1].name == str(step + 1)
+        assert not (folder / "result.json").exists()
+    tiny.assert_same_end(tiny.train(ranks(2), parts), uninterrupted)
+    assert (folder / "result.json").exists()
+    assert tiny.lines(folder) == tiny.lines(run_folder(whole))
+
+
+def test_what_a_kill_leaves_behind_is_passed_over_and_cleared_away(ranks: Any, tmp_path: Path) -> None:
+    whole = tiny.recipe(tmp_path / "whole", save_every=2, eval_every=2)
+    uninterrupted = tiny.train(ranks(2), whole)
+    parts = tiny.recipe(tmp_path / "parts", save_every=2, eval_every=2, keep=3)
+    folder = run_folder(parts)
+    tiny.train(ranks(2), parts, Options(max_steps=4))
+    saved = folder / "checkpoints"
+    # a kill while step 6 was saved, one while step 2 was deleted, one while a line was written
+    shutil.copytree(saved / "4", saved / "6")
+    (saved / "6" / "DONE").unlink()
+    (saved / "6" / "rank1.pt").write_bytes(b"half")
+    (saved / "2" / "DONE").unlink()
+    (saved / "2" / "rank0.pt").unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "resnet/loss": 1.0}\n{"step": 6, "resn')
+
+    resumed = tiny.train(ranks(2), replace(parts, keep=1))
+    assert [end["first_step"] for end in resumed] == [4, 4]
+    tiny.assert_same_end(resumed, uninterrupted)
+    assert tiny.lines(folder) == tiny.lines(run_folder(whole))
+    assert [path.name for path in saved.iterdir()] == ["6"], "torn ones are gone, and so are old ones"
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_still_gets_its_result(ranks: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, steps=2)
+    folder = run_folder(recipe)
+    finished = tiny.train(ranks(2), recipe)
+    written, log = (folder / "result.json").read_text(), tiny.lines(folder)
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "export")
+    tiny.assert_same_end(tiny.train(ranks(2), recipe), finished)
+    assert len(list((folder / "export").iterdir())) == 2
+    assert tiny.lines(folder) == log
+    assert '"top1"' in written
+    assert '"top1"' in (folder / "result.json").read_text()
+
+
+def test_a_killed_start_that_left_half_a_recipe_cannot_happen(ranks: Any, tmp_path: Path) -> None:
+    """The recipe and the log are replaced in one go: what a kill leaves beside them is not read."""
+    recipe = tiny.recipe(tmp_path, steps=1)
+    folder = run_folder(recipe)
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml.part").write_text("name: ti")
+    (folder / "metrics.part").write_text('{"st')
+    assert tiny.train(ranks(1), recipe)[0]["done"]
+    assert {"recipe.yaml.part", "metrics.part"}.isdisjoint(path.name for path in folder.iterdir())
+
+
+def test_a_finished_run_is_not_run_again_and_a_stopped_ones_result_does_not_outlive_it(
+    ranks: Any, tmp_path: Path
+) -> None:
+    recipe = tiny.recipe(tmp_path, steps=4)
+    result = run_folder(recipe) / "result.json"
+    tiny.train(ranks(1), recipe, Options(max_steps=2))
+    assert result.exists()
+    stopped = tiny.train(ranks(1), recipe, Options(), Plan(signals=((0, 2, signal.SIGUSR1),)))[0]
+    assert not stopped["done"]
+    assert not result.exists(), "it would tell a batch script that nothing is left to do"
+    assert tiny.train(ranks(1), recipe)[0]["first_step"] == 3
+    assert "first_step" not in tiny.train(ranks(1), recipe)[0]
+
+
+def test_resume_from_a_path_takes_a_run_or_one_of_its_checkpoints(ranks: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path / "first", save_every=2)
+    end = tiny.train(ranks(2), recipe)
+    folder = run_folder(recipe)
+    elsewhere = replace(recipe, output_dir=str(tmp_path / "second"))
+    resumed = tiny.train(ranks(2), elsewhere, Options(resume=str(folder / "checkpoints" / "4")))
+    assert [one["first_step"] for one in resumed] == [4, 4]
+    tiny.assert_same_end(resumed, end)
+    elsewhere = replace(recipe, output_dir=str(tmp_path / "third"))
+    at_end = tiny.train(ranks(2), elsewhere, Options(resume=str(folder)))
+    assert [one["first_step"] for one in at_end] == [6, 6]
+    tiny.assert_same_end(at_end, end)
+
+
+def test_resume_never_begins_again(ranks: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, steps=2)
+    first = tiny.train(ranks(1), recipe)
+    other = replace(recipe, models={k: replace(m, precision="autocast") for k, m in recipe.models.items()})
+    again = tiny.train(ranks(1), other, Options(resume="never"))
+    assert again[0]["first_step"] == 0
+    assert not torch.equal(again[0]["resnet"]["fc.bias"], first[0]["resnet"]["fc.bias"])
+    assert [line["step"] for line in tiny.lines(run_folder(recipe))] == [1, 2, 2]
