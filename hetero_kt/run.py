@@ -43,6 +43,7 @@ from hetero_kt.options import (
     runs,
     split_site,
     to_yaml,
+    without_local_rank,
     zero_block,
 )
 from hetero_kt.tasks import classification
@@ -341,7 +342,7 @@ def _write_result(recipe: Recipe, folder: Path, trainer: Trainer, measured: Mapp
         "zero_stage": {name: zero_block(model.zero)["stage"] for name, model in recipe.models.items()},
         "versions": {name: version(name) for name in ("torch", "deepspeed", "timm")},
         "commit": commit(),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": " ".join([Path(sys.executable).name, sys.argv[0], *without_local_rank(sys.argv[1:])]),
         **measured,
     }
     _write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
