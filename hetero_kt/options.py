@@ -148,6 +148,7 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
         )
     recipe = replace(recipe, method=replace(recipe.method, control=options.control))
     if options.zero_config:
+        zero_block(options.zero_config)
         everywhere = {name: replace(model, zero=options.zero_config) for name, model in recipe.models.items()}
         recipe = replace(recipe, models=everywhere)
     _, world = place()

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import nn
 
 from hetero_kt import data, models, plan, report
-from hetero_kt.config import MergeNet as MergeNetRecipe
 from hetero_kt.config import Recipe
 from hetero_kt.distributed import checkpoint, launch
 from hetero_kt.distributed.engine import build_engine, build_schedule
@@ -98,13 +97,12 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
         return True
     with _agreed(ranks):
         modules = build_models(recipe)
-        exchange = _exchange(recipe, modules)  # on the plain modules: every site is checked before an engine starts
+        adapters = _check_transfers(recipe, modules)
         train, test = _loaders(recipe, ranks)
     if ranks.first:
         _open_folder(recipe, options, folder)
     dist.barrier()
     parameters = {name: _parameters(module) for name, module in modules.items()}
-    adapters = {name: _parameters(adapter) for name, adapter in exchange.adapters().items()}
     if ranks.first:
         _announce(recipe, parameters, adapters, start_from)
 
@@ -190,33 +188,43 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
 
 def _factorise(modules: Mapping[str, nn.Module], site: str, rank: int, option: str) -> None:
     model, weight = split_site(site)
-    if reencode.factor_parameter(modules[model], weight) is None:  # two transfers may share a site
-        try:
+    try:
+        if reencode.factor_parameter(modules[model], weight) is None:  # two transfers may share a site
             reencode.factorise(modules[model], weight, rank)
+    except ValueError as error:
+        raise ValueError(f"--method.transfers.{option} {site}: {error}") from error
+
+
+def _check_transfers(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Parameters of each transfer's adapter; every site is tried on the plain modules, before an engine starts."""
+    counts: dict[str, int] = {}
+    for name, transfer in _transfers(recipe, modules).items():
+        try:
+            exchange = mergenet.Exchange([transfer], control=recipe.method.control, seed=recipe.seed)
         except ValueError as error:
-            raise ValueError(f"--method.transfers.{option} {site}: {error}") from error
+            raise ValueError(f"--method.transfers.{name}: {error}") from error
+        counts |= {name: _parameters(adapter) for name, adapter in exchange.adapters().items()}
+    return counts
 
 
-def _exchange(recipe: Recipe, owners: Mapping[str, Any]) -> mergenet.Exchange:
-    method: MergeNetRecipe = recipe.method
-    transfers = []
-    for name, t in method.transfers.items():
+def _transfers(recipe: Recipe, owners: Mapping[str, Any]) -> dict[str, mergenet.Transfer]:
+    """The recipe's transfers between `owners`, which are engines or plain modules."""
+    transfers = {}
+    for name, t in recipe.method.transfers.items():
         mode: Literal["svd", "full"] = "svd" if t.mode == "svd" else "full"
         (source, source_weight), (target, target_weight) = split_site(t.source), split_site(t.target)
-        transfers.append(
-            mergenet.Transfer(
-                mergenet.Site(owners[source], source_weight, mode, t.source_rank or t.rank),
-                mergenet.Site(owners[target], target_weight, mode, t.rank),
-                cycle=t.cycle,
-                adapter=t.adapter,
-                optim=t.optim,
-                schedule=t.schedule,
-                update=t.update,
-                moments=t.moments,
-                name=name,
-            )
+        transfers[name] = mergenet.Transfer(
+            mergenet.Site(owners[source], source_weight, mode, t.source_rank or t.rank),
+            mergenet.Site(owners[target], target_weight, mode, t.rank),
+            cycle=t.cycle,
+            adapter=t.adapter,
+            optim=t.optim,
+            schedule=t.schedule,
+            update=t.update,
+            moments=t.moments,
+            name=name,
         )
-    return mergenet.Exchange(transfers, control=method.control, seed=recipe.seed, steps=recipe.steps)
+    return transfers
 
 
 def _method(recipe: Recipe, modules: Mapping[str, nn.Module], ranks: Ranks) -> mergenet.MergeNet:
@@ -233,7 +241,9 @@ def _method(recipe: Recipe, modules: Mapping[str, nn.Module], ranks: Ranks) -> m
             accumulation=rows // micro,
         )
         schedules[name] = build_schedule(engines[name].optimizer, model.schedule, recipe.steps)
-    return mergenet.MergeNet(engines, _exchange(recipe, engines), classification.loss, schedules)
+    transfers = list(_transfers(recipe, engines).values())
+    exchange = mergenet.Exchange(transfers, control=recipe.method.control, seed=recipe.seed, steps=recipe.steps)
+    return mergenet.MergeNet(engines, exchange, classification.loss, schedules)
 
 
 def _loaders(recipe: Recipe, ranks: Ranks) -> tuple[dict[str, data.Loader], dict[str, data.Loader]]:

@@ -75,7 +75,9 @@ class Plan:
     signals: tuple[tuple[int, int, int], ...] = ()
     """(rank, step, signal number) that this rank receives while it trains the step."""
     poison: int = -1
-    """The step before which the adapters' parameters turn to NaN."""
+    """The step before whose batch the adapters' parameters turn to NaN."""
+    heal: int = -1
+    """The step before whose batch they are as before the poison again."""
     logits: bool = False
     """Take the trained engines' logits too."""
 
@@ -101,15 +103,20 @@ def _train(base: Recipe, options: Options, plan: Plan) -> bytes:
         def fit(self) -> bool:
             end["first_step"] = self.step
             start, batches = copy.deepcopy(_buffers(self)), self.batches
+            healthy: dict[str, Any] = {}
 
             def disturbed(step: int) -> Any:
                 for rank, at, number in plan.signals:
                     if (rank, at) == (ranks.rank, step):
                         signal.raise_signal(number)
+                adapters = self.method.exchange.adapters()  # type: ignore[attr-defined]
                 if step == plan.poison:
-                    for adapter in self.method.exchange.adapters().values():  # type: ignore[attr-defined]
-                        for parameter in adapter.parameters():
-                            parameter.data.fill_(torch.nan)
+                    healthy.update({name: copy.deepcopy(adapter.state_dict()) for name, adapter in adapters.items()})
+                    for parameter in (p for adapter in adapters.values() for p in adapter.parameters()):
+                        parameter.data.fill_(torch.nan)
+                if step == plan.heal:
+                    for name, adapter in adapters.items():
+                        adapter.load_state_dict(healthy[name])
                 return batches(step)
 
             self.batches = disturbed
@@ -126,7 +133,7 @@ def _train(base: Recipe, options: Options, plan: Plan) -> bytes:
             if plan.logits:
                 end["logits"] = {name: _logits(engine) for name, engine in self.method.engines.items()}
 
-    with _patched(plan.dropout), _handlers_kept(), warnings.catch_warnings(record=True) as caught:
+    with _patched(plan.dropout), handlers_kept(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         running.Trainer = Watched  # type: ignore[misc]
         try:
@@ -191,7 +198,7 @@ def _patched(dropout: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handlers_kept() -> Iterator[None]:
+def handlers_kept() -> Iterator[None]:
     numbers = (signal.SIGUSR1, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     try:

@@ -1,0 +1,376 @@
+"""Bad input is one sentence before anything starts; bad proposals and killed ranks cost nothing but time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_launchers import load
+from tiny import Plan
+
+from hetero_kt import models, options
+from hetero_kt import run as running
+from hetero_kt.distributed import checkpoint, launch
+from hetero_kt.distributed.launch import Ranks
+from hetero_kt.options import Options
+from hetero_kt.run import run_folder
+
+LAUNCHER = Path(__file__).resolve().parents[1] / "launchers" / "cifar_mergenet.py"
+
+# --- bad input ---
+
+
+def start(arguments: list[str], frozen: str = "") -> tuple[Any, str, str]:
+    """The launcher's `main` on this rank, up to the first engine: (status, stdout, stderr)."""
+    build = models.build
+
+    def no_engine(*_: Any, **__: Any) -> None:
+        raise AssertionError("an engine was started")
+
+    def with_frozen(*args: Any, **kwargs: Any) -> Any:
+        model = build(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name != frozen)
+        return model
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
+        patch.setattr(running, "build_engine", no_engine)
+        patch.setattr(models, "build", with_frozen)
+        patch.setattr(launch, "start", lambda: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
+        patch.setattr(dist, "destroy_process_group", lambda: None)
+        patch.setattr(options, "PATIENCE", 0.0)
+        patch.setattr(sys, "argv", ["cifar_mergenet.py", *arguments])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                running.main(load(LAUNCHER).VARIANTS)
+                status: Any = 0
+            except SystemExit as end:
+                status = end.code
+            except AssertionError as error:
+                status = str(error)
+    return status, out.getvalue(), err.getvalue()
+
+
+def assert_refused(found: list[tuple[Any, str, str]], words: tuple[str, ...]) -> None:
+    assert [status for status, _, _ in found] == [2] * len(found), found
+    assert [out for _, out, _ in found] == [""] * len(found)
+    first, *others = (err for _, _, err in found)
+    assert others == [""] * len(others)
+    assert first.count("\n") == 1, first
+    assert first.startswith("error: ")
+    for word in words:
+        assert word in first, first
+
+
+DIGITS = ("--variant", "digits")
+TRANSFER = "--method.transfers.to-mobilenetv2"
+TARGET = "blocks.2.1.conv_pwl.weight"
+BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "model": (
+        (*DIGITS, "--models.resnet.name", "cifar:resnet_tin"),
+        ("--models.resnet.name cifar:resnet_tin", "cifar:resnet_tiny"),
+    ),
+    "weight": (
+        (*DIGITS, f"{TRANSFER}.target", "mobilenetv2:blocks.2.1.conv_pwl.wait"),
+        ("transfers.to_mobilenetv2.target", "blocks.2.1.conv_pwl.wait", f"'{TARGET}' (48x144)", "hetero-kt sites"),
+    ),
+    "weight, unfactorised": (
+        (*DIGITS, f"{TRANSFER}.mode", "full", f"{TRANSFER}.source", "resnet:fd.weight"),
+        ("transfers.to_mobilenetv2", "fd.weight", "'fc.weight' (10x96)"),
+    ),
+    "one dimension": (
+        (*DIGITS, f"{TRANSFER}.target", "mobilenetv2:bn1.weight"),
+        ("transfers.to_mobilenetv2.target", "bn1.weight"),
+    ),
+    "unknown model of a site": (
+        (*DIGITS, f"{TRANSFER}.source", "resnt:fc.weight"),
+        ("transfers.to_mobilenetv2.source", "resnt:fc.weight", "resnet:fc.weight"),
+    ),
+    "two into one": (
+        ("--method.transfers.to-resnet50.target", "mobilenetv2:blocks.5.2.conv_pwl.weight"),
+        ("to_resnet50.target", "to_mobilenetv2", "a target of its own"),
+    ),
+    "rank": ((*DIGITS, f"{TRANSFER}.rank", "49"), ("rank 49", "to_mobilenetv2", "1 to 10")),
+    "rank of the target": (
+        (*DIGITS, f"{TRANSFER}.rank", "49", f"{TRANSFER}.source-rank", "2"),
+        ("rank 49", "to_mobilenetv2.target", "1 to 48"),
+    ),
+    "rank, svd": (
+        (*DIGITS, f"{TRANSFER}.mode", "svd", f"{TRANSFER}.rank", "49", f"{TRANSFER}.source-rank", "2"),
+        ("rank 49", "to_mobilenetv2", "1 to 48"),
+    ),
+    "heads": ((*DIGITS, f"{TRANSFER}.adapter.heads", "65"), ("to_mobilenetv2", "adapter.heads 65", "1 to 64")),
+    "aligned": (
+        (*DIGITS, f"{TRANSFER}.adapter.kind", "aligned", f"{TRANSFER}.source-rank", "4"),
+        ("to_mobilenetv2", "adapter.kind", "8x144 <- 4x96", "lpka"),
+    ),
+    "cycle": ((*DIGITS, f"{TRANSFER}.cycle", "0"), ("to_mobilenetv2.cycle 0", "1 or more")),
+    "data missing": (("--variant", "cpu", "--data-dir", "{folder}/nowhere"), ("{folder}/nowhere", "--data-dir")),
+    "data corrupt": (("--variant", "cpu", "--data-dir", "{folder}/data"), ("train.parquet", "--data-dir")),
+    "init": (
+        (*DIGITS, "--models.resnet.init", "{folder}/none.safetensors"),
+        ("{folder}/none.safetensors", "not a file"),
+    ),
+    "zero": ((*DIGITS, "--zero-config", "{folder}/zero9.json"), ("--zero-config", "ds_configs/zero0.json")),
+    "ranks": ((*DIGITS, "--data.many.batch", "7"), ("--data.many.batch 7", "2 ranks", "use 6")),
+    "resume, no folder": ((*DIGITS, "--resume", "{folder}/x"), ("--resume {folder}/x", "auto, never or the path")),
+    "resume, no checkpoint": ((*DIGITS, "--resume", "{folder}/data"), ("--resume {folder}/data", "no complete")),
+    "resume, torn": ((*DIGITS, "--resume", "{folder}/2"), ("--resume {folder}/2", "no complete")),
+    "resume, renamed": ((*DIGITS, "--resume", "{folder}/best"), ("--resume {folder}/best", "step")),
+    "resume, other ranks": ((*DIGITS, "--resume", "{folder}/4"), ("{folder}/4", "1 rank", "2 now", "start 1")),
+    "resume, another recipe": (
+        (*DIGITS, "--seed", "7", "--steps", "60", "--models.resnet.optim.lr", "0.2"),
+        ("--resume auto", "another recipe", "models.resnet.optim.lr", "steps", "--output-dir", "--resume never"),
+    ),
+    "resume, another recipe's checkpoint": (
+        (*DIGITS, "--steps", "60", "--resume", "{folder}/runs/digits_mergenet/transfer/seed7"),
+        ("seed7", "another recipe", "steps", "seed"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that can be wrong with files."""
+    made: Path = tmp_path_factory.mktemp("bad")
+    (made / "data" / "cifar100").mkdir(parents=True)
+    for part in ("train", "test"):
+        (made / "data" / "cifar100" / f"{part}.parquet").write_bytes(b"PAR1 and no more")
+    recipe, _ = options.resolve(load(LAUNCHER).VARIANTS, [*DIGITS, "--output-dir", str(made / "runs"), "--seed", "7"])
+    run = run_folder(recipe)
+    for saved in (made / "2", made / "4", made / "best", run / "checkpoints" / "5"):
+        saved.mkdir(parents=True)
+        (saved / "rank0.pt").touch()
+        if saved.name != "4":
+            (saved / "rank1.pt").touch()
+        if saved.name != "2":
+            (saved / "DONE").touch()
+    (run / "recipe.yaml").write_text(options.to_yaml(recipe))
+    return made
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_of_the_first_rank_before_an_engine_starts(
+    ranks: Any, folder: Path, case: str
+) -> None:
+    arguments, words = (tuple(text.replace("{folder}", str(folder)) for text in texts) for texts in BAD[case])
+    found = ranks(2).run(start, ["--output-dir", str(folder / "runs"), *arguments])
+    assert_refused(found, words)
+    assert sorted(p.name for p in (folder / "runs").rglob("seed*")) == ["seed7"], "and no run folder is made"
+
+
+@pytest.mark.parametrize("mode", ["factor", "full", "svd"])
+def test_a_frozen_target_is_refused_alike(ranks: Any, tmp_path: Path, mode: str) -> None:
+    arguments = ["--output-dir", str(tmp_path), *DIGITS, f"{TRANSFER}.mode", mode]
+    assert_refused(ranks(2).run(start, arguments, TARGET), ("to_mobilenetv2", TARGET, "frozen"))
+
+
+def test_the_same_input_without_a_mistake_reaches_the_first_engine(ranks: Any, tmp_path: Path) -> None:
+    found = ranks(2).run(start, ["--output-dir", str(tmp_path), *DIGITS])
+    assert [status for status, _, _ in found] == ["an engine was started"] * 2
+
+
+def test_what_one_rank_finds_wrong_ends_all(ranks: Any, tmp_path: Path) -> None:
+    """Another machine lacks its data: the first rank says whose."""
+    found = ranks(2).run(uneven, str(tmp_path))
+    assert_refused(found, ("rank 1: ", "nowhere", "--data-dir"))
+
+
+def uneven(folder: str) -> tuple[Any, str, str]:
+    load_data = running.data.load
+
+    def missing_here(config: Any, data_dir: str, *, train: bool) -> Any:
+        if dist.get_rank() == 1:
+            raise ValueError("nowhere holds no data: name another --data-dir")
+        return load_data(config, data_dir, train=train)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.data, "load", missing_here)
+        return start(["--output-dir", folder, *DIGITS])
+
+
+def wrong_environment(arguments: list[str]) -> tuple[Any, str, str]:
+    def half() -> None:
+        raise ValueError("RANK is set but MASTER_ADDR is not: start with deepspeed.")
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(launch, "start", half)
+        patch.setattr(options, "PATIENCE", 0.0)
+        patch.setattr(sys, "argv", ["cifar_mergenet.py", *arguments])
+        try:
+            running.main(load(LAUNCHER).VARIANTS)
+            status: Any = 0
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_a_wrong_environment_is_one_sentence_too(ranks: Any) -> None:
+    assert_refused(ranks(2).run(wrong_environment, list(DIGITS)), ("RANK is set but MASTER_ADDR is not",))
+
+
+def test_a_plan_of_what_does_not_exist_is_one_sentence(ranks: Any) -> None:
+    found = ranks(1).run(start, [*DIGITS, "--plan", f"{TRANSFER}.target", "mobilenetv2:nothing.weight"])
+    status, _, err = found[0]
+    assert status == 2
+    assert err.startswith("error: 'nothing.weight' is no weight")
+
+
+# --- proposals that are not finite ---
+
+
+def test_proposals_that_are_not_finite_are_never_written_and_training_goes_on(ranks: Any, tmp_path: Path) -> None:
+    poisoned = tiny.recipe(tmp_path / "poisoned", steps=7)
+    ends = tiny.train(ranks(2), poisoned, Options(), Plan(poison=0))
+    without = tiny.train(ranks(2), tiny.recipe(tmp_path / "without", steps=7, control="none"))
+    for end, other in zip(ends, without, strict=True):
+        for key in ("resnet", "mobilenetv2", "buffers", "resnet optimizer", "mobilenetv2 optimizer", "random"):
+            tiny.assert_equal(end[key], other[key], key)
+        for step in (0, 2, 4):
+            assert any("there" in text and f"step {step} " in text for text in end["warnings"]), end["warnings"]
+    skipped = {line["step"]: line["there/skipped"] for line in tiny.lines(run_folder(poisoned)) if "there/gate" in line}
+    assert skipped == {1: 1.0, 3: 1.0, 5: 1.0, 7: 1.0}
+
+
+def test_five_in_a_row_stop_the_run_with_a_checkpoint(ranks: Any, tmp_path: Path) -> None:
+    recipe = tiny.with_transfer(tiny.recipe(tmp_path, steps=20), cycle=2)
+    ends = tiny.train(ranks(2), recipe, Options(), Plan(poison=2))
+    assert all("5 proposals in a row" in end["diverged"] for end in ends)
+    folder = run_folder(recipe)
+    assert [path.name for path in checkpoint.complete(folder / "checkpoints")] == ["12"]  # 2, 4, 6, 8 and 10 were bad
+    assert tiny.lines(folder)[-1]["step"] == 12
+    assert not (folder / "result.json").exists()
+    assert all("done" not in end for end in ends)
+
+
+def test_five_interrupted_by_a_good_one_do_not_stop_the_run(ranks: Any, tmp_path: Path) -> None:
+    recipe = tiny.with_transfer(tiny.recipe(tmp_path, steps=9), cycle=1)
+    ends = tiny.train(ranks(2), recipe, Options(), Plan(poison=1, heal=5))
+    assert all(end["done"] for end in ends)
+
+
+def diverge(recipe: Any) -> tuple[Any, str, str]:
+    def diverged(*_: Any) -> bool:
+        raise running.mergenet.TransferDiverged("transfer there: 5 proposals in a row were not finite.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "run", diverged)
+        return start(recipe)
+
+
+def test_a_diverged_run_ends_in_one_sentence_and_an_error_status(ranks: Any) -> None:
+    found = ranks(2).run(diverge, list(DIGITS))
+    assert [status for status, _, _ in found] == [1, 1]
+    assert [err for _, _, err in found] == ["error: transfer there: 5 proposals in a row were not finite.\n", ""]
+
+
+# --- killed ranks ---
+
+LONG = 40
+ARGUMENTS = (
+    *("--variant", "digits", "--steps", str(LONG), "--save-every", "5", "--log-every", "1", "--eval-every", "10"),
+    *("--data.many.name", "generated", "--data.few.name", "generated", "--data.few.per-class", "3"),
+    *("--data.many.batch", "8", "--data.few.batch", "8"),
+)
+
+
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **ours, **extra}
+
+
+def wait_for_lines(log: Path, count: int, processes: list[Any]) -> None:
+    """Until the run has logged `count` lines."""
+    deadline = time.monotonic() + 120
+    while not log.exists() or log.read_text().count("\n") < count:
+        assert time.monotonic() < deadline, "the run does not get on"
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def test_real_ranks_stopped_by_usr1_and_then_killed_end_like_uninterrupted_ones(ranks: Any, tmp_path: Path) -> None:
+    arguments = [*ARGUMENTS, "--output-dir", str(tmp_path / "killed")]
+    recipe, _ = options.resolve(load(LAUNCHER).VARIANTS, arguments)
+    folder = run_folder(recipe)
+    command = [sys.executable, str(LAUNCHER), *arguments]
+
+    # USR1 to one of two plain processes
+    port = str(launch.free_port())
+    pair = []
+    for rank in ("0", "1"):
+        mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port}
+        pair.append(
+            subprocess.Popen(
+                command,
+                env=environment(mine | {"MASTER_ADDR": "127.0.0.1"}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    try:
+        wait_for_lines(folder / "metrics.jsonl", 3, pair)
+        pair[1].send_signal(signal.SIGUSR1)
+        said = [process.communicate(timeout=60)[0] for process in pair]
+    finally:
+        for process in pair:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert not (folder / "result.json").exists()
+    saved = checkpoint.complete(folder / "checkpoints")
+    assert 3 <= int(saved[-1].name) < LONG
+
+    # SIGKILL to everything that `deepspeed` has started, wherever it is
+    count = (folder / "metrics.jsonl").read_text().count("\n") + random.randrange(1, 20)
+    with_deepspeed = [
+        *(sys.executable, str(Path(sys.executable).with_name("deepspeed"))),
+        *("--num_accelerators", "2", "--master_port", str(launch.free_port())),
+        *command[1:],
+    ]
+    running_now = subprocess.Popen(
+        with_deepspeed, env=environment({}), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        wait_for_lines(folder / "metrics.jsonl", count, [running_now])
+    finally:
+        started = psutil.Process(running_now.pid).children(recursive=True)
+        os.killpg(running_now.pid, signal.SIGKILL)
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        running_now.wait()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
+    assert not (folder / "result.json").exists()
+
+    ended = subprocess.run(with_deepspeed, env=environment({}), capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "from step " in ended.stdout
+
+    whole = replace(recipe, output_dir=str(tmp_path / "whole"))
+    tiny.train(ranks(2), whole)
+    assert tiny.lines(folder) == tiny.lines(run_folder(whole)), f"killed after line {count}"
+    for name in recipe.models:
+        ours, theirs = (load_file(f / "export" / f"{name}.safetensors") for f in (folder, run_folder(whole)))
+        tiny.assert_equal(ours, theirs, f"killed after line {count}: {name}")
