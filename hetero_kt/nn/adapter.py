@@ -22,6 +22,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 COMPACT_WIDTH = 64
 PUBLISHED_MLP_WIDTH = 1024
+GATE_SLOPE = 0.1
+"""How far the gate moves per unit of its parameter. Adam moves that by its whole rate in every update whatever the
+gradient; at slope 1 the gate had closed, in 600 updates at 1e-3, before the adapter had anything to say."""
 TINY = 1e-8
 """Floor of a standard deviation, far below that of any weight: a constant row stays finite."""
 
@@ -221,7 +224,7 @@ class Adapter(nn.Module):
     published width's spectral norms advance by one power iteration.
 
     With `restore`, the last stream is brought to the target's own row means and standard deviations (G), and
-    proposal = target + g (G - target) with g = tanh of a learned number: at g = 0 the proposal is the target
+    proposal = target + g (G - target), g = tanh(GATE_SLOPE x a learned number): at g = 0 the proposal is the target
     to the bit, and g itself still receives a gradient.
     """
 
@@ -230,7 +233,7 @@ class Adapter(nn.Module):
         self.config = config
         self.body = body
         restore = config.output == "restore"
-        self.gate = nn.Parameter(torch.tensor(math.atanh(config.gate))) if restore else None
+        self.gate = nn.Parameter(torch.tensor(math.atanh(config.gate) / GATE_SLOPE)) if restore else None
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
         dtype = next(self.body.parameters()).dtype
@@ -244,7 +247,7 @@ class Adapter(nn.Module):
                 return stream_nm
             std_n1, mean_n1 = torch.std_mean(target_nm.detach(), 1, correction=0, keepdim=True)
             restored_nm = standardise(stream_nm, dim=1) * std_n1 + mean_n1
-            return target_nm + self.gate.tanh() * (restored_nm - target_nm)
+            return target_nm + (GATE_SLOPE * self.gate).tanh() * (restored_nm - target_nm)
 
     def omega(self) -> list[Tensor]:
         """omega of every layer's update of the target, detached, each (4,) in the order of `UNFOLDINGS`.
@@ -260,7 +263,7 @@ class Adapter(nn.Module):
         """The mixing weight g, a detached scalar; 1 where the output overwrites the target."""
         if self.gate is None:
             return next(self.body.parameters()).new_ones(())
-        return self.gate.detach().tanh()
+        return (GATE_SLOPE * self.gate.detach()).tanh()
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
