@@ -1,0 +1,193 @@
+"""What a run leaves behind: its folder, its exported models, and its place in a comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_launchers import LAUNCHERS, load
+from tiny import Plan
+
+from hetero_kt import data, models, options
+from hetero_kt import run as running
+from hetero_kt.data import Loader
+from hetero_kt.distributed import launch
+from hetero_kt.distributed.launch import Ranks
+from hetero_kt.evaluate import evaluate
+from hetero_kt.options import Options
+from hetero_kt.run import run_folder
+
+STEPS = 4
+
+
+def test_the_run_folder_holds_what_it_promises(ranks: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, steps=STEPS, eval_every=2, log_every=2)
+    tiny.train(ranks(2), recipe)
+    folder = run_folder(recipe)
+    assert folder == tmp_path / "tiny" / "transfer" / "seed0"
+    names = {"recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export", "result.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert options.from_yaml((folder / "recipe.yaml").read_text()) == recipe
+
+    lines = tiny.lines(folder)
+    assert [line["step"] for line in lines] == [2, 2, 4, 4], "losses, then metrics"
+    assert {"resnet/loss", "mobilenetv2/loss", "there/gate", "there/change", "back/cosine"} <= lines[0].keys()
+    tests = {f"{name}/test_{metric}" for name in recipe.models for metric in ("loss", "top1", "top5")}
+    assert lines[1].keys() == {"step", *tests}
+
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    for tag in ("resnet/loss", "mobilenetv2/test_top1"):
+        in_log = [(line["step"], line[tag]) for line in lines if tag in line]
+        assert [(event.step, event.value) for event in board.Scalars(tag)] == [
+            (step, pytest.approx(value)) for step, value in in_log
+        ]
+
+    result = json.loads((folder / "result.json").read_text())
+    assert {name: result[name] for name in ("recipe", "control", "seed", "steps", "world_size", "device")} == {
+        **{"recipe": "tiny", "control": "transfer", "seed": 0},
+        **{"steps": STEPS, "world_size": 2, "device": "cpu"},
+    }
+    assert result["zero_stage"] == {"resnet": 1, "mobilenetv2": 1}
+    assert result["versions"].keys() == {"torch", "deepspeed", "timm"}
+    assert result["wall_seconds"] > 0
+    assert isinstance(result["commit"], str)
+    assert isinstance(result["command"], str)
+    for name, metrics in result["metrics"].items():
+        assert metrics.keys() == {"loss", "top1", "top5"}
+        assert {f"{name}/test_{k}": v for k, v in metrics.items()}.items() <= lines[-1].items()
+
+
+@pytest.mark.parametrize("mode", ["factor", "full"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_export_is_the_plain_model_with_the_trained_engines_logits(
+    ranks: Any, tmp_path: Path, stage: int, mode: str
+) -> None:
+    recipe = tiny.recipe(tmp_path, stage, steps=STEPS)
+    recipe = tiny.with_transfer(recipe, mode=mode)
+    ends = tiny.train(ranks(2), recipe, Options(), Plan(logits=True))
+    folder = run_folder(recipe)
+    measured = json.loads((folder / "result.json").read_text())["metrics"]
+    for name, chosen in recipe.models.items():
+        file = folder / "export" / f"{name}.safetensors"
+        exported = load_file(file)
+        fresh = models.build(chosen.name, data.classes(recipe.data[chosen.data]))
+        assert exported.keys() == fresh.state_dict().keys(), "no adapter and no factors"
+        model = models.build(chosen.name, data.classes(recipe.data[chosen.data]), init=str(file)).eval()
+        with torch.no_grad():
+            logits = model(tiny.pictures())
+        for end in ends:
+            torch.testing.assert_close(logits, end["logits"][name], rtol=1e-5, atol=1e-6)
+            # the export was made from averages, and each rank has its own statistics still
+            tiny.assert_equal(end["after_export"]["buffers"], end["buffers"])
+        buffers = [end["buffers"][name] for end in ends]
+        norm = next(key for key in buffers[0] if key.endswith("running_mean"))
+        assert not torch.equal(buffers[0][norm], buffers[1][norm])
+        torch.testing.assert_close(exported[norm], (buffers[0][norm] + buffers[1][norm]) / 2)
+        # and one process finds what two ranks have measured
+        config = recipe.data[chosen.data]
+        loader = Loader(data.load(config, train=False), config.batch, 0, (), 0, 1, torch.device("cpu"))
+        assert evaluate(model, loader, "cpu") == pytest.approx(measured[name], rel=1e-5)
+
+
+def test_controls_and_seeds_start_from_the_same_models_and_batches(ranks: Any, tmp_path: Path) -> None:
+    """One step with rates of zero: what is left are the first weights."""
+    base = tiny.recipe(tmp_path, steps=1)
+    still = {name: replace(model, optim=replace(model.optim, lr=0.0)) for name, model in base.models.items()}
+    ends = {}
+    for control, seed in (("none", 0), ("none", 1), ("frozen", 0)):
+        recipe = replace(base, models=still, seed=seed, method=replace(base.method, control=control))
+        ends[control, seed] = tiny.train(ranks(1), recipe)[0]
+    names = [name for name in ends["none", 0]["resnet"] if "conv1" not in name and "fc." not in name]
+    for name in names:
+        assert torch.equal(ends["none", 0]["resnet"][name], ends["frozen", 0]["resnet"][name])
+    assert any(not torch.equal(ends["none", 0]["resnet"][n], ends["none", 1]["resnet"][n]) for n in names)
+
+
+# --- from a launcher's command line ---
+
+
+def command(arguments: list[str], launcher: str = "cifar_mergenet") -> tuple[list[list[Any]], str]:
+    """A launcher's `main` on this rank: (what each run was, stdout)."""
+    file = next(path for path in LAUNCHERS if path.stem == launcher)
+    trained: list[list[Any]] = []
+
+    class Watched(running.Trainer):
+        def fit(self) -> bool:
+            trained.append([self.recipe.method.control, self.recipe.seed, self.step])
+            return super().fit()
+
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept(), contextlib.redirect_stdout(out):
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"))
+        patch.setattr(running, "Trainer", Watched)
+        patch.setattr(launch, "start", lambda: ranks)
+        patch.setattr(dist, "destroy_process_group", lambda: None)
+        patch.setattr(sys, "argv", [file.name, *arguments])
+        running.main(load(file).VARIANTS)
+    return trained, out.getvalue()
+
+
+def test_a_comparison_runs_what_is_missing_and_nothing_else(ranks: Any, tmp_path: Path) -> None:
+    arguments = [
+        *("--variant", "digits", "--data.many.name", "generated", "--data.few.name", "generated"),
+        *("--data.many.batch", "4", "--data.few.batch", "4", "--steps", "2", "--output-dir", str(tmp_path)),
+        *("--compare", "none", "noise", "--seeds", "3", "4"),
+    ]
+    everything = [["transfer", 3], ["none", 3], ["noise", 3], ["transfer", 4], ["none", 4], ["noise", 4]]
+    trained, printed = ranks(1).run(command, arguments)[0]
+    assert trained == [[*one, 0] for one in everything]
+    for control in ("transfer", "none", "noise"):
+        assert control in printed
+    assert list(tmp_path.rglob("*.png")), "the comparison's curves"
+
+    assert ranks(1).run(command, arguments)[0][0] == []
+
+    folder = tmp_path / "digits_mergenet"
+    (folder / "none" / "seed4" / "result.json").unlink()
+    (folder / "noise" / "seed3" / "result.json").unlink()
+    for checkpoint in (folder / "noise" / "seed3" / "checkpoints").iterdir():
+        (checkpoint / "DONE").unlink()
+    trained, _ = ranks(1).run(command, arguments)[0]
+    assert trained == [["noise", 3, 0], ["none", 4, 2]]
+    assert len(list(folder.rglob("result.json"))) == 6
+
+
+def test_max_steps_stops_early_with_a_checkpoint_and_a_result_of_that_many(ranks: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, steps=20)
+    ends = tiny.train(ranks(1), recipe, Options(max_steps=1))
+    folder = run_folder(recipe)
+    assert ends[0]["done"]
+    assert json.loads((folder / "result.json").read_text())["steps"] == 1
+    assert (folder / "checkpoints" / "1" / "DONE").exists()
+    assert "first_step" not in tiny.train(ranks(1), recipe, Options(max_steps=1))[0]
+
+
+@pytest.mark.parametrize("launcher", ["cifar_mergenet", "self_transfer"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_debug_runs_through_and_does_so_again(ranks: Any, tmp_path: Path, launcher: str, world: int) -> None:
+    for _ in range(2):
+        found = ranks(world).run(command, ["--debug", "--output-dir", str(tmp_path)], launcher)
+        assert [trained for trained, _ in found] == [[["transfer", 0, 0]]] * world
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.rglob("result.json"))
+    assert (result["steps"], result["world_size"]) == (4, world)
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_profile_writes_a_trace_and_changes_no_number(ranks: Any, tmp_path: Path, steps: int) -> None:
+    profiled, plain = (tiny.recipe(tmp_path / name, steps=steps) for name in ("profiled", "plain"))
+    ends = tiny.train(ranks(1), profiled, Options(profile=True))
+    trace = json.loads((run_folder(profiled) / "profile.json").read_text())
+    assert any("conv" in str(event.get("name")) for event in trace["traceEvents"])
+    tiny.assert_same_end(ends, tiny.train(ranks(1), plain))
