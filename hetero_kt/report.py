@@ -77,9 +77,7 @@ def find_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[Path]]:
     unfinished: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.exists():
-            raise ValueError(
-                f"{path} does not exist: give run folders, or a folder that holds some (such as runs)."
-            )
+            raise ValueError(f"{path} does not exist: give run folders, or a folder that holds some (such as runs).")
         root = path if path.is_dir() else path.parent
         folders = sorted({mark.parent for name in _MARKS for mark in root.rglob(name)})
         if not folders:
@@ -154,9 +152,7 @@ def _cell(group: Sequence[Run], baseline: Sequence[Run], model: str, metric: str
 
 
 def _by_seed(group: Sequence[Run], model: str, metric: str) -> list[tuple[int, float]]:
-    return sorted(
-        (run.seed, run.metrics[model][metric]) for run in group if metric in run.metrics.get(model, {})
-    )
+    return sorted((run.seed, run.metrics[model][metric]) for run in group if metric in run.metrics.get(model, {}))
 
 
 def remarks(runs: Sequence[Run], unfinished: Sequence[Path] = ()) -> list[str]:
@@ -198,9 +194,7 @@ def finish(folder: str | Path, console: Console | None = None) -> None:
         return
     (folder / "report.md").write_text(markdown(compare(runs), remarks(runs, unfinished)), encoding="utf-8")
     curves([folder], folder / "curves.png")
-    console.print(
-        f"Written: {folder / 'report.md'}, {folder / 'curves.png'}", highlight=False, soft_wrap=True
-    )
+    console.print(f"Written: {folder / 'report.md'}, {folder / 'curves.png'}", highlight=False, soft_wrap=True)
 
 
 FOOTNOTE = "Mean ± population standard deviation over seeds; Δ: difference to none, same seeds paired."
@@ -211,18 +205,14 @@ def rich_tables(rows: Sequence[Row]) -> list[Table]:
     tables = []
     for recipe, model, group in _sections(rows):
         metrics = _metrics(group)
-        shown = Table(
-            title=f"{recipe}: {model}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-        )
+        shown = Table(title=f"{recipe}: {model}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         shown.add_column("control")
         shown.add_column("seeds", justify="right")
         for name in metrics:
             shown.add_column(METRICS.get(name, name), justify="right", no_wrap=True)
         for row in group:
             # The difference goes below its value: side by side, three metrics are wider than a terminal.
-            cells = [
-                f"{mean}\n[dim]Δ {change}[/dim]" if change else mean for mean, change in _pairs(row, metrics)
-            ]
+            cells = [f"{mean}\n[dim]Δ {change}[/dim]" if change else mean for mean, change in _pairs(row, metrics)]
             shown.add_row(row.control, str(len(row.seeds)), *cells)
         tables.append(shown)
     return tables
@@ -309,9 +299,7 @@ def curves(run_folders: Sequence[str | Path], png: str | Path) -> list[Path]:
 
     runs, unfinished = find_runs(run_folders)
     if not runs:
-        raise ValueError(
-            f"No run in {', '.join(map(str, run_folders))} has finished: there are no curves to draw yet."
-        )
+        raise ValueError(f"No run in {', '.join(map(str, run_folders))} has finished: there are no curves to draw yet.")
     figure = _figure(runs)
     png = Path(png)
     png.parent.mkdir(parents=True, exist_ok=True)
@@ -333,9 +321,7 @@ def _figure(runs: Sequence[Run]) -> Figure:
     axes = figure.subplots(2, len(models), squeeze=False, sharex="col")
     handles: dict[str, Any] = {}
     for column, model in enumerate(models):
-        metric = next(
-            (name for run in runs for name in run.metrics.get(model, {}) if not name.endswith("loss")), ""
-        )
+        metric = next((name for run in runs for name in run.metrics.get(model, {}) if not name.endswith("loss")), "")
         panels = (
             (axes[0][column], (f"{model}/test_{metric}", f"{model}/{metric}"), METRICS.get(metric, metric)),
             (axes[1][column], (f"{model}/loss",), "training loss"),
@@ -346,9 +332,7 @@ def _figure(runs: Sequence[Run]) -> Figure:
                 name = f"{recipe}: {control}" if several else control
                 spare = SPARE_COLOURS[position % len(SPARE_COLOURS)]
                 colour = spare if several else COLOURS.get(control, spare)
-                line = _draw(
-                    ax, [_series(logs[run.folder], keys) for run in group], colour, control == BASELINE
-                )
+                line = _draw(ax, [_series(logs[run.folder], keys) for run in group], colour, control == BASELINE)
                 if line is not None:
                     handles.setdefault(f"{name} ({len(group)})" if len(group) > 1 else name, line)
         axes[0][column].set_title(model, loc="left", fontsize=11, fontweight="bold", color=INK)
@@ -373,9 +357,7 @@ def _figure(runs: Sequence[Run]) -> Figure:
 
 def _caption(runs: Sequence[Run], groups: int) -> str:
     recipes = ", ".join(sorted({run.recipe for run in runs}))
-    return (
-        f"{recipes}: mean over seeds, the band is ± one standard deviation" if len(runs) > groups else recipes
-    )
+    return f"{recipes}: mean over seeds, the band is ± one standard deviation" if len(runs) > groups else recipes
 
 
 def read_metrics(folder: Path) -> dict[str, dict[int, float]]:
@@ -420,9 +402,7 @@ def _draw(ax: Axes, series: Sequence[Mapping[int, float]], colour: str, dashed: 
     steps, mean, std = band(series)
     if not len(steps):
         return None
-    (line,) = ax.plot(
-        steps, mean, color=colour, linewidth=1.4, zorder=4 if colour == COLOURS["transfer"] else 3
-    )
+    (line,) = ax.plot(steps, mean, color=colour, linewidth=1.4, zorder=4 if colour == COLOURS["transfer"] else 3)
     if dashed:
         line.set_linestyle((0, (4, 2)))
     if len(steps) < 15:

@@ -59,6 +59,7 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
                 plan.show(recipe, world)
             return
         ranks, stop = launch.start(), StopSignal()
+        torch.autograd.set_detect_anomaly(options.debug)
     except ValueError as error:
         leave(error)
     try:
@@ -93,7 +94,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
         start_from = _find_start(recipe, options, folder, ranks.world)
     if options.resume == "auto" and finished_steps(folder) >= last:
         if ranks.first:
-            print(f"{folder} is finished: nothing to do (--resume never begins again)", flush=True)
+            print(f"{folder} is finished: nothing to do (use --resume never to start over)", flush=True)
         return True
     with _agreed(ranks):
         modules = build_models(recipe)
@@ -123,6 +124,10 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
             trainer.resume(start_from)
         with _profiled(folder, options.profile and ranks.first) as trainer.after_step:
             done = trainer.fit()
+        if not done and ranks.first:
+            print(
+                f"stopped by a signal at step {trainer.step}, checkpoint written: the same command goes on", flush=True
+            )
         if done:
             trainer.export()
             if ranks.first:

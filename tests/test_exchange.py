@@ -526,6 +526,14 @@ def test_what_cannot_take_part_is_refused_in_one_sentence(change: Any, words: st
     assert str(refusal.value).endswith(".")
 
 
+def test_transfers_without_a_name_get_different_ones() -> None:
+    models = [Perceptron() for _ in range(3)]
+    transfers = [Transfer(Site(models[0], "head.weight"), Site(m, "inner.weight")) for m in models[1:]]
+    exchange = Exchange(transfers)
+    assert list(exchange.adapters()) == ["head.weight->inner.weight", "head.weight->inner.weight #2"]
+    assert set(exchange.state_dict()["paths"]) == set(exchange.adapters())
+
+
 def test_two_transfers_into_one_weight_are_refused() -> None:
     source, target = Convolutions(), Perceptron()
     one = Transfer(Site(source, "fc.weight"), Site(target, "inner.weight"), name="one")

@@ -52,7 +52,8 @@ def start() -> Ranks:
     wanted = int(ranks_here or local_rank + 1)
     if cuda and wanted > torch.cuda.device_count():
         raise ValueError(
-            f"{wanted} ranks on a machine with {torch.cuda.device_count()} visible GPU(s): start one process per GPU."
+            f"{wanted} ranks on a machine with {torch.cuda.device_count()} visible GPU(s): start one process per GPU, "
+            "each of which sees all of them (srun --gpus-per-node, not --gpus-per-task)."
         )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -81,7 +82,8 @@ def _fill_environment() -> None:
     elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        env.setdefault("MASTER_ADDR", _first_slurm_host())
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _first_slurm_host()
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     else:
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"

@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -91,7 +91,7 @@ class Exchange:
         self.control = control
         self.traffic = params.Traffic()
         self.step = 0
-        self.paths = [_Path(transfer, control, seed, steps) for transfer in transfers]
+        self.paths = [_Path(transfer, control, seed, steps) for transfer in _named(transfers)]
         taken: dict[tuple[int, str | None], str] = {}
         for path in self.paths:
             key = (id(path.target.weight.parameter), path.target.part)
@@ -170,6 +170,16 @@ _Put = Callable[[Tensor, Tensor], Tensor]
 _See = Callable[[Tensor], Tensor]
 
 
+def _named(transfers: Sequence[Transfer]) -> list[Transfer]:
+    """With a name for each, by which it is logged and saved; those without one are called after their weights."""
+    names: list[str] = []
+    for transfer in transfers:
+        plain = transfer.name or f"{transfer.source.weight}->{transfer.target.weight}"
+        same = sum(name.partition(" #")[0] == plain for name in names)
+        names.append(f"{plain} #{same + 1}" if same else plain)
+    return [replace(transfer, name=name) for transfer, name in zip(transfers, names, strict=True)]
+
+
 class _Side:
     """A site resolved: which parameter travels, and how it is seen as a matrix."""
 
@@ -232,7 +242,7 @@ class _Path:
         if transfer.cycle < 1:
             raise ValueError(f"cycle {transfer.cycle}: a transfer happens every 1, 2, ... steps, so use 1 or more.")
         self.transfer = transfer
-        self.name = transfer.name or f"{transfer.source.weight}->{transfer.target.weight}"
+        self.name = transfer.name
         self.control = control
         self.seed = zlib.crc32(self.name.encode()) ^ (seed * 0x9E3779B1 % 2**31)
         self.source, self.target = _Side(transfer.source), _Side(transfer.target)
