@@ -284,7 +284,7 @@ def _check_transfer(option: str, transfer: Transfer, models: Mapping[str, Model]
     _at_least(f"{option}.source-rank", transfer.source_rank, 0)
     _at_least(f"{option}.adapter.layers", transfer.adapter.layers, 1)
     _at_least(f"{option}.adapter.heads", transfer.adapter.heads, 1)
-    if not -1 < transfer.adapter.gate < 1:
+    if not -1 < transfer.adapter.first_gate() < 1:
         raise ValueError(
             f"{option}.adapter.gate {transfer.adapter.gate} is outside what a tanh reaches: "
             "use more than -1 and less than 1."

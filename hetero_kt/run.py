@@ -13,9 +13,11 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +27,14 @@ import torch.distributed as dist
 from torch import nn
 
 from hetero_kt import data, models, plan, report
-from hetero_kt.config import Recipe
+from hetero_kt.config import Model, Recipe
 from hetero_kt.distributed import checkpoint, launch
 from hetero_kt.distributed.engine import build_engine, build_schedule
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import evaluate
 from hetero_kt.methods import mergenet
 from hetero_kt.nn import reencode
+from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.options import (
     Options,
     check,
@@ -91,18 +94,21 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
     gc.collect()  # engines are full of cycles, and a comparison needs the last run's memory back
     with _agreed(ranks):
         check(recipe, ranks.world)
-        start_from = _find_start(recipe, options, folder, ranks.world)
-    if options.resume == "auto" and finished_steps(folder) >= last:
+        seen = [_look(recipe, options, folder, ranks.world)] if ranks.first else [(None, 0)]
+    dist.broadcast_object_list(seen)  # a shared file system may show others less for a while: the first decides
+    start_from, finished = seen[0]
+    if finished >= last:
         if ranks.first:
             print(f"{folder} is finished: nothing to do (use --resume never to start over)", flush=True)
         return True
     with _agreed(ranks):
         modules = build_models(recipe)
-        adapters = _check_transfers(recipe, modules)
         train, test = _loaders(recipe, ranks)
-    if ranks.first:
-        _open_folder(recipe, options, folder)
-    dist.barrier()
+    with _agreed(ranks):  # by itself: an exchange makes its adapters equal on all ranks, which all have to reach
+        adapters = _check_transfers(recipe, modules)
+    with _agreed(ranks):
+        if ranks.first:
+            _open_folder(recipe, options, folder)
     parameters = {name: _parameters(module) for name, module in modules.items()}
     if ranks.first:
         _announce(recipe, parameters, adapters, start_from)
@@ -147,12 +153,17 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
 
 @contextmanager
 def _agreed(ranks: Ranks) -> Iterator[None]:
-    """What any rank finds wrong inside is raised on every rank, so that none waits for one that has left."""
+    """What goes wrong on any rank inside is raised on every rank, so that none waits for one that has left."""
     problem = ""
     try:
         yield
     except ValueError as error:
         problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or 'a file'} cannot be used ({error.strerror or error}): mend that and start again."
+    except Exception as error:  # nobody's input: the sentence ends all ranks, the traceback says where to look
+        traceback.print_exc()
+        problem = f"{type(error).__name__}: {error}"
     problems: list[str] = [""] * ranks.world
     dist.all_gather_object(problems, problem)
     found = next((rank for rank, text in enumerate(problems) if text), None)
@@ -166,9 +177,18 @@ def run_folder(recipe: Recipe) -> Path:
 
 
 def finished_steps(folder: Path) -> int:
-    """Steps of the finished run in `folder`, 0 if there is none."""
+    """Steps of the finished run in `folder`, 0 if there is none.
+
+    Raises:
+        ValueError: its result.json is damaged.
+    """
     result = folder / "result.json"
-    return int(json.loads(result.read_text())["steps"]) if result.exists() else 0
+    try:
+        return int(json.loads(result.read_text())["steps"]) if result.exists() else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{result} cannot be read ({type(error).__name__}): remove it to go on from the last checkpoint."
+        ) from error
 
 
 def build_models(recipe: Recipe) -> dict[str, nn.Module]:
@@ -201,15 +221,23 @@ def _factorise(modules: Mapping[str, nn.Module], site: str, rank: int, option: s
 
 
 def _check_transfers(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Parameters of each transfer's adapter; every site is tried on the plain modules, before an engine starts."""
-    counts: dict[str, int] = {}
-    for name, transfer in _transfers(recipe, modules).items():
+    """Parameters of each transfer's adapter. On the plain modules, before an engine starts, every transfer is tried
+    alone, so that a complaint has its option, and then all of them together."""
+    transfers = _transfers(recipe, modules)
+    for name, transfer in transfers.items():
         try:
-            exchange = mergenet.Exchange([transfer], control=recipe.method.control, seed=recipe.seed)
+            _exchange(recipe, [transfer])
         except ValueError as error:
             raise ValueError(f"--method.transfers.{name}: {error}") from error
-        counts |= {name: _parameters(adapter) for name, adapter in exchange.adapters().items()}
-    return counts
+    try:
+        adapters = _exchange(recipe, list(transfers.values())).adapters()
+    except ValueError as error:
+        raise ValueError(f"--method.transfers: {error}") from error
+    return {name: _parameters(adapter) for name, adapter in adapters.items()}
+
+
+def _exchange(recipe: Recipe, transfers: Sequence[mergenet.Transfer]) -> mergenet.Exchange:
+    return mergenet.Exchange(transfers, control=recipe.method.control, seed=recipe.seed, steps=recipe.steps)
 
 
 def _transfers(recipe: Recipe, owners: Mapping[str, Any]) -> dict[str, mergenet.Transfer]:
@@ -222,7 +250,7 @@ def _transfers(recipe: Recipe, owners: Mapping[str, Any]) -> dict[str, mergenet.
             mergenet.Site(owners[source], source_weight, mode, t.source_rank or t.rank),
             mergenet.Site(owners[target], target_weight, mode, t.rank),
             cycle=t.cycle,
-            adapter=t.adapter,
+            adapter=_with_gate(t.adapter, recipe.models[target]),
             optim=t.optim,
             schedule=t.schedule,
             update=t.update,
@@ -230,6 +258,11 @@ def _transfers(recipe: Recipe, owners: Mapping[str, Any]) -> dict[str, mergenet.
             name=name,
         )
     return transfers
+
+
+def _with_gate(adapter: AdapterConfig, target: Model) -> AdapterConfig:
+    """A pretrained target starts from a closed gate, so that the first proposals do not destroy it."""
+    return replace(adapter, gate=0.0) if adapter.gate == "auto" and (target.pretrained or target.init) else adapter
 
 
 def _method(recipe: Recipe, modules: Mapping[str, nn.Module], ranks: Ranks) -> mergenet.MergeNet:
@@ -246,8 +279,7 @@ def _method(recipe: Recipe, modules: Mapping[str, nn.Module], ranks: Ranks) -> m
             accumulation=rows // micro,
         )
         schedules[name] = build_schedule(engines[name].optimizer, model.schedule, recipe.steps)
-    transfers = list(_transfers(recipe, engines).values())
-    exchange = mergenet.Exchange(transfers, control=recipe.method.control, seed=recipe.seed, steps=recipe.steps)
+    exchange = _exchange(recipe, list(_transfers(recipe, engines).values()))
     return mergenet.MergeNet(engines, exchange, classification.loss, schedules)
 
 
@@ -267,6 +299,12 @@ def _batches(recipe: Recipe, loaders: Mapping[str, data.Loader], step: int) -> d
     """Each model's batch; models that name the same data share one."""
     drawn = {name: loader.batch(step) for name, loader in loaders.items()}
     return {name: drawn[model.data] for name, model in recipe.models.items()}
+
+
+def _look(recipe: Recipe, options: Options, folder: Path, world: int) -> tuple[Path | None, int]:
+    """(checkpoint to go on from, steps of a finished run that is not to be repeated)."""
+    start = _find_start(recipe, options, folder, world)
+    return start, finished_steps(folder) if options.resume == "auto" else 0
 
 
 def _find_start(recipe: Recipe, options: Options, folder: Path, world: int) -> Path | None:
@@ -298,6 +336,15 @@ def _check_same_recipe(recipe: Recipe, folder: Path, resume: str) -> None:
 
 
 def _open_folder(recipe: Recipe, options: Options, folder: Path) -> None:
+    try:
+        _clear_and_sign(recipe, options, folder)
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir {recipe.output_dir} cannot be written ({error.strerror}: {error.filename}): name another."
+        ) from error
+
+
+def _clear_and_sign(recipe: Recipe, options: Options, folder: Path) -> None:
     if options.resume == "never":
         for name in ("checkpoints", "tensorboard", "export"):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -233,6 +233,31 @@ def test_gate_zero_is_the_target_to_the_bit(kind):
     assert all(p.grad.abs().max() == 0 for p in adapter.body.parameters())
 
 
+def test_aligned_never_pairs_the_rows_of_factors():
+    with pytest.raises(ValueError, match="rows are those of factors"):
+        build_adapter(AdapterConfig(kind="aligned"), (4, 24), (4, 7), rows_align=False)
+    assert build_adapter(AdapterConfig(kind="aligned"), (4, 7), (4, 7)).shared_axis == 0
+    assert build_adapter(AdapterConfig(kind="aligned"), (4, 7), (4, 7), rows_align=False).shared_axis == 1
+
+
+def test_an_aligned_adapter_cannot_learn_a_shuffled_order_away_and_attention_can():
+    """Least squares for the aligned map, and exact permutation invariance of attention over rows."""
+    torch.manual_seed(0)
+    source, order = torch.randn(20, 6), torch.randperm(20)
+    target = source @ torch.randn(6, 4)
+    for rows, fits in ((source, True), (source[order], False)):
+        error = (rows @ torch.linalg.lstsq(rows, target).solution - target).norm() / target.norm()
+        assert bool(error < 1e-4) is fits
+    assert built((20, 4), (20, 6), kind="aligned").sees_order
+    individual = built((20, 4), (20, 6), heads=2, unfold="individual").eval()
+    assert not individual.sees_order
+    torch.testing.assert_close(individual(target, source), individual(target, source[order]))
+
+
+def test_the_gate_starts_at_twelve_hundredths_unless_told():
+    assert built().gate_value().item() == pytest.approx(0.12, abs=1e-7)
+
+
 @pytest.mark.parametrize("gate", [0.12, -0.5, 0.0, 0.9])
 def test_gate_starts_where_asked(gate):
     adapter = built(gate=gate)

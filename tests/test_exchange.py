@@ -13,12 +13,12 @@ from small import CLASSES, PLAIN, SITES, Convolutions, Perceptron, batch, build_
 from test_mergenet import OPTIMS, STEPS, assert_close, mutual, reference, train
 from torch import Tensor, nn
 
-from hetero_kt.config import Optim
+from hetero_kt.config import Optim, Schedule
 from hetero_kt.distributed import params
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.methods.mergenet import Exchange, Site, Transfer, TransferDiverged
 from hetero_kt.nn.adapter import AdapterConfig
-from hetero_kt.nn.reencode import factor_parameter, split_svd
+from hetero_kt.nn.reencode import factor_parameter, factorise, split_svd
 
 ALIGNED = AdapterConfig(kind="aligned")
 DROPOUT = AdapterConfig(heads=2, dropout=0.3, ff_dropout=0.3)
@@ -316,7 +316,18 @@ def test_shuffled_control_shows_the_same_rows_in_another_fixed_order() -> None:
     rows = models["conv"].fc.weight.detach()
     assert torch.equal(seen[0], seen[1]), "fixed by the seed"
     assert not torch.equal(seen[0], rows)
-    assert torch.equal(seen[0].sort(0).values, rows.sort(0).values)
+    assert {tuple(row) for row in seen[0].tolist()} == {tuple(row) for row in rows.tolist()}
+    assert not any(torch.equal(a, b) for a, b in zip(seen[0], rows, strict=True)), "no row keeps its place"
+
+
+def test_shuffled_control_says_where_it_says_little() -> None:
+    models = build_pair()
+    with pytest.warns(UserWarning, match="can learn to undo"):
+        Exchange(mutual(models), control="shuffled")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source, target = Site(Convolutions(), "fc.weight"), Site(Perceptron(), "head.weight")
+        Exchange([Transfer(source, target, 1, ALIGNED)], control="shuffled")
 
 
 def test_frozen_control_never_changes_the_adapter_and_transfer_does() -> None:
@@ -397,34 +408,52 @@ def test_adapters_are_equal_on_all_ranks_with_dropout_on_and_leave_the_models_ra
         assert torch.equal(value, second["state"][key]), key
 
 
-def losses_around_a_proposal(stage: int, precision: str, adapter: AdapterConfig) -> tuple[float, float]:
-    engine = build_engine(
-        build_pair(batch_norm=False)["perceptron"],
-        optim=OPTIMS["sgd"],
-        zero=zero(stage),
-        precision=precision,
-        micro_batch=4,
-    )
-    source = build_pair(batch_norm=False)["conv"]
+def untouched_by_a_closed_gate(stage: int, precision: str, mode: Any, adapter: AdapterConfig) -> tuple[bool, bool]:
+    """Three steps of training, then a proposal: whether the loss, and the masters, stayed equal to the bit."""
+    pair = build_pair(factor=mode == "factor", batch_norm=False)
+    engine = build_engine(pair["perceptron"], optim=OPTIMS["sgd"], zero=zero(stage), precision=precision, micro_batch=4)
     rows = batch(0, dist.get_rank(), dist.get_world_size())
+    for _ in range(3):  # away from values that bf16 holds exactly
+        engine.backward(loss(engine, rows))
+        engine.step()
+    exchanged = "full" if mode == "factor" else mode
+    target = Site(engine, "inner.weight", exchanged, 3)
+    exchange = Exchange([Transfer(Site(pair["conv"], "fc.weight"), target, 1, adapter)])
+    weight = exchange.paths[0].target.weight
     with torch.no_grad():
-        before = float(loss(engine, rows))
-        Exchange([Transfer(Site(source, "fc.weight"), Site(engine, "inner.weight"), 1, adapter)]).propose()
-        after = float(loss(engine, rows))
+        before, master = float(loss(engine, rows)), params.read([weight])[0]
+        exchange.propose()
+        after, written = float(loss(engine, rows)), params.read([weight])[0]
     engine.destroy()
-    return before, after
+    return before == after, torch.equal(master, written)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
-def test_with_the_gate_at_zero_a_pretrained_target_s_loss_is_unchanged_to_the_bit(
-    ranks: Any, stage: int, precision: str
+@pytest.mark.parametrize("mode", ["factor", "full", "svd"])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
+def test_with_the_gate_at_zero_a_target_and_its_loss_are_unchanged_to_the_bit(
+    ranks: Any, stage: int, precision: str, mode: str
 ) -> None:
-    for before, after in ranks(2).run(losses_around_a_proposal, stage, precision, AdapterConfig(heads=2, gate=0.0)):
-        assert before == after
-    for before, after in ranks(2).run(
-        losses_around_a_proposal, stage, precision, AdapterConfig(heads=2, output="layernorm")
-    ):
-        assert before != after, "the test could not tell"
+    closed, published = AdapterConfig(heads=2, gate=0.0), AdapterConfig(heads=2, output="layernorm")
+    assert ranks(2).run(untouched_by_a_closed_gate, stage, precision, mode, closed) == [(True, True)] * 2
+    assert ranks(2).run(untouched_by_a_closed_gate, stage, precision, mode, published) == [(False, False)] * 2
+
+
+def test_a_proposal_reaches_the_fp32_master_of_a_bf16_weight_unrounded(ranks: Any) -> None:
+    assert all(ranks(2).run(bf16_master_holds_the_proposal))
+
+
+def bf16_master_holds_the_proposal() -> bool:
+    pair = build_pair(batch_norm=False)
+    engine = build_engine(pair["perceptron"], optim=OPTIMS["sgd"], zero=zero(1), precision="bf16", micro_batch=4)
+    exchange = Exchange([Transfer(Site(pair["conv"], "fc.weight"), Site(engine, "inner.weight"), 1, PLAIN)])
+    exchange.propose()
+    path = exchange.paths[0]
+    master = params.read([path.target.weight])[0]
+    rounded = path.accepted.bfloat16().float()
+    engine.destroy()
+    return torch.equal(master, path.accepted) and not torch.equal(master, rounded)
 
 
 # --- faults ---
@@ -461,6 +490,67 @@ def test_a_proposal_that_is_not_finite_is_not_written_and_the_other_transfer_sti
         "transfer to_conv: the proposal at step 0 was not finite, nothing was written."
     ]
     assert all(p.isfinite().all() for m in models.values() for p in m.parameters())
+
+
+def test_a_rejected_proposal_resets_no_moments() -> None:
+    models = build_pair()
+    optimizer = torch.optim.SGD(models["perceptron"].parameters(), 0.1, momentum=0.9)
+    for step in range(2):
+        step_plain(models["perceptron"], optimizer, step)
+        optimizer.step()
+    buffer = optimizer.state[factor_parameter(models["perceptron"], "inner.weight")]["momentum_buffer"]
+    site = Site(models["perceptron"], "inner.weight", optimizer=optimizer)
+    exchange = Exchange([Transfer(Site(models["conv"], "fc.weight"), site, moments="reset", name="t")])
+    with torch.no_grad():
+        next(exchange.adapters()["t"].body.parameters()).fill_(float("nan"))
+    exchange.propose()
+    assert float(buffer.abs().sum()) > 0
+
+
+def test_exact_without_observe_says_so() -> None:
+    models = build_pair()
+    exchange = Exchange(mutual(models, update="exact"))
+    exchange.propose()
+    with pytest.raises(RuntimeError, match="observe"):
+        exchange.learn()
+
+
+def test_a_schedule_without_the_run_s_length_is_refused() -> None:
+    models = build_pair()
+    with pytest.raises(ValueError, match=r"Exchange\(steps="):
+        Exchange(mutual(models, schedule=Schedule(name="cosine")))
+
+
+def test_a_weight_that_is_a_product_of_factors_is_no_site() -> None:
+    model = Fused()
+    factorise(model, "qkv.weight[v]", 2)
+    with pytest.raises(ValueError, match="factorised"):
+        Exchange([Transfer(Site(Perceptron(), "head.weight"), Site(model, "qkv.weight[q]"))])
+
+
+def test_a_whole_projection_and_its_third_are_not_both_targets() -> None:
+    source, model = Perceptron(), Fused()
+    whole = Transfer(Site(source, "head.weight"), Site(model, "qkv.weight"), name="whole")
+    third = Transfer(Site(source, "head.weight"), Site(model, "qkv.weight[v]"), name="third")
+    with pytest.raises(ValueError, match="whole and third write the same weight"):
+        Exchange([whole, third])
+
+
+def drifted_adapters() -> dict[str, Tensor]:
+    """What is left of a difference between ranks: adapters that differ propose the first rank's value all the same."""
+    models = build_pair()
+    exchange = Exchange(mutual(models))
+    with torch.no_grad():
+        for adapter in exchange.adapters().values():
+            for parameter in adapter.parameters():
+                parameter.add_(1e-3 * dist.get_rank())
+    exchange.propose()
+    return {name: p.detach().clone() for model in models.values() for name, p in model.named_parameters()}
+
+
+def test_every_rank_writes_the_first_rank_s_proposal(ranks: Any) -> None:
+    first, second = ranks(2).run(drifted_adapters)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_five_proposals_in_a_row_that_are_not_finite_end_the_run() -> None:

@@ -110,6 +110,8 @@ def read(weights: Sequence[Weight], traffic: Traffic | None = None) -> list[Tens
 def write(weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "keep") -> None:
     """Set `weights` to `values` (whole, equal on every rank) in both copies; no communication.
 
+    Give fp32 values also for bf16 weights: the master keeps them as they are, the copy for forward rounds them.
+
     Args:
         moments: `keep` leaves the optimizer's state of a written weight as it is; `reset` zeroes it.
     """
@@ -123,6 +125,9 @@ def write(weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "k
             if parameter.ds_status == ZeroParamStatus.AVAILABLE:
                 parameter.data.copy_(value)
             safe_set_local_fp32_param(parameter, piece.float())
+            if piece.is_cuda:
+                # ZeRO-3 gathers on a stream of its own, which does not wait for this one.
+                torch.cuda.current_stream().synchronize()
         else:
             parameter.data.copy_(value)
             if hasattr(parameter, "_hp_mapping"):
@@ -132,7 +137,7 @@ def write(weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "k
 
 
 @torch.no_grad()
-def gradients(weights: Sequence[Weight]) -> list[Tensor]:
+def gradients(weights: Sequence[Weight], traffic: Traffic | None = None) -> list[Tensor]:
     """Whole gradients of `weights`, averaged over ranks; between the last backward and the step. Collective."""
     result = []
     for weight in weights:
@@ -146,6 +151,9 @@ def gradients(weights: Sequence[Weight]) -> list[Tensor]:
             gradient = safe_get_full_grad(parameter)
         if gradient is None:
             raise RuntimeError("no gradient to observe: call observe() after backward and before step.")
+        if traffic is not None and (_partitioned(parameter) or hasattr(parameter, "_hp_mapping")):
+            traffic.gathers += 1
+            traffic.bytes += gradient.numel() * gradient.element_size()
         result.append(gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)).clone())
     return result
 

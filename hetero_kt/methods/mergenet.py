@@ -16,12 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from hetero_kt.config import Control, Optim, Schedule
 from hetero_kt.distributed import params
 from hetero_kt.distributed.engine import build_optimizer, build_schedule
+from hetero_kt.methods import Diverged
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import Adapter, AdapterConfig, build_adapter
 
@@ -31,7 +33,7 @@ BAD_IN_A_ROW = 5
 """Transfers in a row with a non-finite proposal after which a run is given up."""
 
 
-class TransferDiverged(RuntimeError):
+class TransferDiverged(Diverged):
     """An adapter has proposed NaN or Inf too often in a row."""
 
 
@@ -92,45 +94,47 @@ class Exchange:
         self.traffic = params.Traffic()
         self.step = 0
         self.paths = [_Path(transfer, control, seed, steps) for transfer in _named(transfers)]
-        taken: dict[tuple[int, str | None], str] = {}
-        for path in self.paths:
-            key = (id(path.target.weight.parameter), path.target.part)
-            if key in taken:
-                raise ValueError(
-                    f"transfers {taken[key]} and {path.name} write the same weight {path.transfer.target.weight}: "
-                    "give one of them another target."
-                )
-            taken[key] = path.name
+        _check_targets(self.paths)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for adapter in self.adapters().values():  # equal seeds are equal values only on equal hardware
+                for tensor in (*adapter.parameters(), *adapter.buffers()):
+                    dist.broadcast(tensor.data, 0)
         self._due: list[_Path] = []
 
     def propose(self) -> None:
-        """Before the forward: read every site that is due in one gather, adapt, then write (Eq. 3, 6, 7)."""
+        """Before the forward: read every site that is due in one gather, adapt, then write (Eq. 3, 6, 7).
+
+        Raises:
+            TransferDiverged: five proposals in a row were not finite.
+        """
         self._due = [p for p in self.paths if self.control != "none" and self.step % p.transfer.cycle == 0]
+        for path in self._due:
+            path.raise_if_diverged()
         self.step += 1
         if not self._due:
             return
         started = time.perf_counter()
-        for path in self._due:
-            path.raise_if_diverged()
         sides = [path.source for path in self._due] + [path.target for path in self._due]
         unique = {id(side.weight.parameter): side.weight for side in sides}
         whole = dict(zip(unique, params.read(list(unique.values()), self.traffic), strict=True))
         for path in self._due:
             source, target = (whole[id(side.weight.parameter)] for side in (path.source, path.target))
             path.propose(source, target, self.step - 1)
+        _follow_first_rank(self._due)
         for parameter, paths in _by_target(self._due).items():
             value = whole[parameter]
             for path in paths:  # the thirds of one fused projection may each be a target
                 value = path.written(value)
-            path = paths[0]
-            params.write([path.target.weight], [value.to(path.target.weight.parameter.dtype)], path.transfer.moments)
+            resets = any(path.transfer.moments == "reset" and bool(path.finite) for path in paths)
+            params.write([paths[0].target.weight], [value], "reset" if resets else "keep")
         self._spent = time.perf_counter() - started
 
     def observe(self) -> None:
         """Between backward and step: keep the gradient that `exact` learns from; nothing to do otherwise."""
         due = [path for path in self._due if path.transfer.update == "exact" and path.learns]
         if due:
-            for path, gradient in zip(due, params.gradients([p.target.weight for p in due]), strict=True):
+            gradients = params.gradients([path.target.weight for path in due], self.traffic)
+            for path, gradient in zip(due, gradients, strict=True):
                 path.observe(gradient)
 
     def learn(self) -> dict[str, Tensor]:
@@ -157,11 +161,16 @@ class Exchange:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, in plain tensors and numbers."""
-        return {"step": self.step, "paths": {path.name: path.state_dict() for path in self.paths}}
+        return {
+            "step": self.step,
+            "bytes_gathered": self.traffic.bytes,
+            "paths": {path.name: path.state_dict() for path in self.paths},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of an exchange with the same transfers."""
         self.step = state["step"]
+        self.traffic.bytes = state["bytes_gathered"]
         for path in self.paths:
             path.load_state_dict(state["paths"][path.name])
 
@@ -190,6 +199,11 @@ class _Side:
         self.mode = "factor" if factor is not None else site.mode
         self.part = None if factor is not None else reference.part
         parameter = factor if factor is not None else getattr(reference.module, reference.parameter)
+        if not isinstance(parameter, nn.Parameter):  # a product of factors: a write to it would be lost
+            raise ValueError(
+                f"{site.weight} is factorised under another name: name all its sites by the factorised third, or "
+                "leave it unfactorised."
+            )
         self.weight = params.Weight(site.model, parameter, site.optimizer)
         self.rank = site.rank
         if self.mode == "factor":
@@ -197,11 +211,7 @@ class _Side:
         elif self.mode == "full":
             self.shape = reference.shape
         else:
-            if not 1 <= site.rank <= min(reference.shape):
-                raise ValueError(
-                    f"rank {site.rank} does not fit {site.weight} of shape {reference.shape}: "
-                    f"choose 1 to {min(reference.shape)}."
-                )
+            reencode.check_rank(site.weight, reference.shape, site.rank)
             self.shape = (site.rank, reference.shape[1])
 
     def matrix(self, whole: Tensor) -> tuple[Tensor, _Put, _See]:
@@ -220,7 +230,12 @@ class _Side:
         inverse = torch.linalg.pinv(b)
         return (
             a,
-            lambda new, into: reencode.from_matrix(b @ new + residual, into, self.part),
+            lambda new, into: reencode.from_matrix(
+                # W + B (A' - A) = B A' + R, and W to the bit where A' = A
+                reencode.to_matrix(into, self.part) + b @ (new - a).to(b.dtype),
+                into,
+                self.part,
+            ),
             lambda later: inverse @ (reencode.to_matrix(later, self.part) - residual),
         )
 
@@ -250,33 +265,52 @@ class _Path:
         self.device = self.target.weight.parameter.device
         self.adapter: Adapter | None = None
         if control not in ("none", "standardise"):
+            # The rows of a factor are components, not classes or words: row i of two factors have nothing in common.
+            rows_align = self.source.mode == self.target.mode == "full"
             with seeded(self.seed, self.device):
-                self.adapter = build_adapter(transfer.adapter, self.target.shape, self.source.shape).to(self.device)
+                adapter = build_adapter(transfer.adapter, self.target.shape, self.source.shape, rows_align=rows_align)
+            self.adapter = adapter.to(self.device)
         self.learns = self.adapter is not None and control != "frozen"
         if self.adapter is not None:
+            if transfer.schedule.name != "constant" and not steps:
+                raise ValueError(
+                    f"transfer {self.name}: a {transfer.schedule.name} schedule needs Exchange(steps=...)."
+                )
             self.optimizer = build_optimizer(self.adapter, transfer.optim)
-            self.schedule = build_schedule(self.optimizer, transfer.schedule, steps // transfer.cycle)
+            self.schedule = build_schedule(self.optimizer, transfer.schedule, -(-steps // transfer.cycle))
+        if control == "shuffled" and not (self.adapter and self.adapter.sees_order):
+            warnings.warn(
+                f"transfer {self.name}: an adapter of kind {transfer.adapter.kind} can learn to undo a fixed order of "
+                "the source's rows, so the control shuffled says little here: noise is the sharper one.",
+                stacklevel=4,
+            )
         self.noises: dict[int, Tensor] = {}
         self.updates = 0
         self.sensitivity = torch.full((), torch.nan, device=self.device)
         self.bad_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
+        self.bad_seen = _Late(self.device)
+        self.at_step = -1
+        self.gradient: Tensor | None = None
 
     def propose(self, source: Tensor, target: Tensor, step: int) -> None:
         """Adapt: (whole source, whole target) -> the exchanged matrix's next value, with its graph."""
-        source, _, _ = self.source.matrix(source)
+        source = self._controlled(self.source.matrix(source.to(self.device))[0])
         self.whole_before = target
         self.before, self.put, self.see = self.target.matrix(target)
-        source = self._controlled(source)
         with seeded(self.seed + step, self.device), torch.enable_grad():
             self.proposal = self._adapt(source)
         with torch.no_grad():
             self.finite = torch.isfinite(self.proposal).all()
-            self.bad_in_a_row = torch.where(self.finite, 0, self.bad_in_a_row + 1)
             # chosen on the device: a host that looked would wait for everything queued so far
             self.accepted = torch.where(self.finite, self.proposal.detach(), self.before.to(self.proposal.dtype))
             if step // self.transfer.cycle % SENSITIVITY_EVERY == 0:
                 self.sensitivity = self._source_sensitivity(source)
         self.at_step = step
+
+    def count_bad(self) -> None:
+        """After all ranks have the first one's verdict."""
+        self.bad_in_a_row = torch.where(self.finite, 0, self.bad_in_a_row + 1)
+        self.bad_seen.send(self.bad_in_a_row)
 
     def _adapt(self, source: Tensor) -> Tensor:
         if self.adapter is not None:
@@ -288,15 +322,16 @@ class _Path:
         if config.output == "layernorm":
             return unit
         whole = unit * rows.std(correction=0) + rows.mean()
-        return rows + config.gate * (whole - rows)
+        return rows + config.first_gate() * (whole - rows)
 
     def _controlled(self, source: Tensor) -> Tensor:
         """The source that the control shows to the adapter; fixed by the seed."""
         if self.control == "noise":
             return self._noise(source)
         if self.control == "shuffled":
-            generator = torch.Generator().manual_seed(self.seed)
-            return source[torch.randperm(len(source), generator=generator).to(source.device)]
+            # Along the axis that the adapter takes to mean something; rows where it takes none.
+            axis = self.adapter.shared_axis if self.adapter is not None else 0
+            return source.index_select(axis, _derangement(source.shape[axis], self.seed).to(source.device))
         return source
 
     def _noise(self, like: Tensor, stream: int = 0) -> Tensor:
@@ -340,8 +375,11 @@ class _Path:
             for layer, omega in enumerate(self.adapter.omega()):
                 log |= {f"omega{layer}.{i}": weight for i, weight in enumerate(omega.clone())}
         if self.learns:
-            cotangent = self.gradient.to(moved.dtype) if self.transfer.update == "exact" else moved
+            if self.transfer.update == "exact" and self.gradient is None:
+                raise RuntimeError("update='exact' learns from the gradient: call observe() between backward and step.")
+            cotangent = moved if self.gradient is None else self.gradient.to(moved.dtype)
             self._update(torch.where(self.finite, cotangent, torch.zeros_like(cotangent)))
+        self.gradient = None
         del self.proposal, self.put, self.see, self.whole_before
         return log
 
@@ -359,7 +397,8 @@ class _Path:
         self.updates += 1
 
     def raise_if_diverged(self) -> None:
-        bad = int(self.bad_in_a_row)
+        """Say that the last proposal was not finite, and give up after too many in a row."""
+        bad = self.bad_seen.receive()
         if bad:
             warnings.warn(
                 f"transfer {self.name}: the proposal at step {self.at_step} was not finite, nothing was written.",
@@ -374,6 +413,7 @@ class _Path:
         state: dict[str, Any] = {
             "updates": self.updates,
             "bad_in_a_row": int(self.bad_in_a_row),
+            "at_step": self.at_step,
             "sensitivity": self.sensitivity,
         }
         if self.adapter is not None:
@@ -383,11 +423,64 @@ class _Path:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates = state["updates"]
         self.bad_in_a_row = torch.full_like(self.bad_in_a_row, state["bad_in_a_row"])
+        self.bad_seen.send(self.bad_in_a_row)
         self.sensitivity = state["sensitivity"].to(self.device)
-        self.at_step = -1
+        self.at_step = state["at_step"]
         if self.adapter is not None:
             self.adapter.load_state_dict(state["adapter"])
             self.optimizer.load_state_dict(state["optimizer"])
+
+
+class _Late:
+    """A device's number that the host reads later, without waiting for more than was queued before it was sent."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.number = torch.zeros((), dtype=torch.long, pin_memory=self.on_gpu)
+        self.sent = torch.cuda.Event() if self.on_gpu else None
+
+    def send(self, number: Tensor) -> None:
+        self.number.copy_(number, non_blocking=True)
+        if self.sent is not None:
+            self.sent.record()
+
+    def receive(self) -> int:
+        if self.sent is not None:
+            self.sent.synchronize()
+        return int(self.number)
+
+
+def _derangement(size: int, seed: int) -> Tensor:
+    """A random order of `size` things in which none keeps its place: one cycle through all of them."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    moved = torch.empty_like(order)
+    moved[order] = order.roll(1)
+    return moved
+
+
+def _follow_first_rank(paths: Sequence[_Path]) -> None:
+    """Every rank takes the first one's proposals and verdicts: a weight must be equal everywhere, to the bit."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        flat = torch.cat([t.reshape(-1).double() for p in paths for t in (p.accepted, p.finite)])
+        dist.broadcast(flat, 0)
+        pieces = iter(flat.split([t.numel() for p in paths for t in (p.accepted, p.finite)]))
+        for path in paths:
+            path.accepted = next(pieces).reshape(path.accepted.shape).to(path.accepted.dtype)
+            path.finite = next(pieces).reshape(()).bool()
+    for path in paths:
+        path.count_bad()
+
+
+def _check_targets(paths: Sequence[_Path]) -> None:
+    """One transfer a weight; the thirds of a fused projection are weights of their own."""
+    for i, one in enumerate(paths):
+        for other in paths[i + 1 :]:
+            same = one.target.weight.parameter is other.target.weight.parameter
+            if same and (one.target.part == other.target.part or None in (one.target.part, other.target.part)):
+                raise ValueError(
+                    f"transfers {one.name} and {other.name} write the same weight {other.transfer.target.weight}: "
+                    "give one of them another target."
+                )
 
 
 def _by_target(paths: Sequence[_Path]) -> dict[int, list[_Path]]:

@@ -22,6 +22,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 COMPACT_WIDTH = 64
 PUBLISHED_MLP_WIDTH = 1024
+FROM_SCRATCH = 0.12
+"""Where the gate starts for a target that is trained from scratch."""
 GATE_SLOPE = 0.1
 """How far the gate moves per unit of its parameter. Adam moves that by its whole rate in every update whatever the
 gradient; at slope 1 the gate had closed, in 600 updates at 1e-3, before the adapter had anything to say."""
@@ -54,11 +56,16 @@ class AdapterConfig:
     output: Literal["restore", "layernorm"] = "restore"
     """`restore`: the target's own row means and scales, mixed in by a learned gate; `layernorm`: the last
     stream itself overwrites the target, as published (LPKA's ends in a LayerNorm, other kinds' is raw)."""
-    gate: float = 0.12
-    """Where the learned mixing weight of `restore` starts; 0 proposes a pretrained target unchanged."""
+    gate: float | Literal["auto"] = "auto"
+    """Where the learned mixing weight of `restore` starts: 0 proposes a pretrained target unchanged, 0.12 lets the
+    source take part from the start; `auto` is 0 for a recipe's pretrained targets and 0.12 for others."""
     dropout: float = 0.1
     """On attention probabilities."""
     ff_dropout: float = 0.2
+
+    def first_gate(self) -> float:
+        """`gate` as a number."""
+        return FROM_SCRATCH if self.gate == "auto" else self.gate
 
 
 class MLP(nn.Module):
@@ -85,15 +92,16 @@ class Aligned(nn.Module):
     Meant for matrices whose rows (else columns) stand for the same things: classes, a vocabulary, a width.
     """
 
-    def __init__(self, target_shape: tuple[int, int], source_shape: tuple[int, int]):
+    def __init__(self, target_shape: tuple[int, int], source_shape: tuple[int, int], rows_align: bool):
         super().__init__()
         (n, m), (N, M) = target_shape, source_shape
-        if n != N and m != M:
+        self.by_row = rows_align and n == N
+        if not self.by_row and m != M:
+            needs = "equal rows or equal columns" if rows_align else "equal columns (the rows are those of factors)"
             raise ValueError(
-                f"adapter.kind 'aligned' needs equal rows or equal columns, and {n}x{m} <- {N}x{M} share "
-                "neither: choose other weights, or adapter.kind 'lpka'."
+                f"adapter.kind 'aligned' needs {needs}, and {n}x{m} <- {N}x{M} share neither: "
+                "choose other weights, mode 'full', or adapter.kind 'lpka'."
             )
-        self.by_row = n == N
         self.map = nn.Linear(M, m, bias=False) if self.by_row else nn.Linear(N, n, bias=False)
         nn.init.orthogonal_(self.map.weight)
 
@@ -233,7 +241,7 @@ class Adapter(nn.Module):
         self.config = config
         self.body = body
         restore = config.output == "restore"
-        self.gate = nn.Parameter(torch.tensor(math.atanh(config.gate) / GATE_SLOPE)) if restore else None
+        self.gate = nn.Parameter(torch.tensor(math.atanh(config.first_gate()) / GATE_SLOPE)) if restore else None
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
         dtype = next(self.body.parameters()).dtype
@@ -259,6 +267,16 @@ class Adapter(nn.Module):
         used = [lpka.omega().detach() for lpka in self.body.to_target.modules() if isinstance(lpka, LPKA)]
         return [F.pad(omega, (0, len(UNFOLDINGS) - len(omega))) for omega in used]
 
+    @property
+    def shared_axis(self) -> int:
+        """The axis of the source along which order means something: 1 where `aligned` goes by column, else 0."""
+        return 1 if isinstance(self.body, Aligned) and not self.body.by_row else 0
+
+    @property
+    def sees_order(self) -> bool:
+        """True where a fixed other order along `shared_axis` cannot be learnt away."""
+        return isinstance(self.body, Aligned)
+
     def gate_value(self) -> Tensor:
         """The mixing weight g, a detached scalar; 1 where the output overwrites the target."""
         if self.gate is None:
@@ -275,8 +293,12 @@ def standardise(x: Tensor, dim: int | None = None) -> Tensor:
     return (x - mean) / std.clamp_min(TINY)
 
 
-def build_adapter(config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int]) -> Adapter:
+def build_adapter(
+    config: AdapterConfig, target_shape: tuple[int, int], source_shape: tuple[int, int], *, rows_align: bool = True
+) -> Adapter:
     """An adapter for a target of (n, m) and a source of (N, M), initialised from torch's global generator.
+
+    `rows_align` is False where rows are components of a factorisation: `aligned` then goes by column only.
 
     Raises ValueError where the configuration cannot be built: layers or heads below 1, more heads than inner
     width, a gate outside (-1, 1), a dropout outside [0, 1), kind `aligned` without equal rows or columns.
@@ -284,7 +306,7 @@ def build_adapter(config: AdapterConfig, target_shape: tuple[int, int], source_s
     for option, count in (("layers", config.layers), ("heads", config.heads)):
         if count < 1:
             raise ValueError(f"adapter.{option} is {count}: choose 1 or more.")
-    if not -1 < config.gate < 1:
+    if not -1 < config.first_gate() < 1:
         raise ValueError(f"adapter.gate {config.gate} is a tanh: choose a value above -1 and below 1.")
     for option, p in (("dropout", config.dropout), ("ff_dropout", config.ff_dropout)):
         if not 0 <= p < 1:
@@ -292,5 +314,5 @@ def build_adapter(config: AdapterConfig, target_shape: tuple[int, int], source_s
     if config.kind == "mlp":
         return Adapter(config, MLP(config, target_shape, source_shape))
     if config.kind == "aligned":
-        return Adapter(config, Aligned(target_shape, source_shape))
+        return Adapter(config, Aligned(target_shape, source_shape, rows_align))
     return Adapter(config, TransferLayers(config, target_shape, source_shape))
