@@ -77,7 +77,7 @@ def cpu() -> Recipe:
     transfer = Transfer("resnet:fc.weight", "mobilenetv2:blocks.3.1.conv_pwl.weight", rank=16)
     data = {"cifar100": Data(augment=("crop", "flip"))}
     method = MergeNet({"to_mobilenetv2": transfer})
-    return Recipe("cifar_mergenet_cpu", models, data, method, steps=4 * EPOCH, eval_every=EPOCH)
+    return Recipe("cifar_mergenet_cpu", models, data, method, steps=3 * EPOCH, eval_every=EPOCH)
 
 
 def aligned() -> Recipe:
