@@ -64,9 +64,9 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_the_run_goes_on(
 
 
 def test_what_a_kill_leaves_behind_is_passed_over_and_cleared_away(ranks: Any, tmp_path: Path) -> None:
-    whole = tiny.recipe(tmp_path / "whole", save_every=2, eval_every=2)
+    whole = tiny.recipe(tmp_path / "whole", save_every=2, eval_every=2, log_every=5)
     uninterrupted = tiny.train(ranks(2), whole)
-    parts = tiny.recipe(tmp_path / "parts", save_every=2, eval_every=2, keep=3)
+    parts = tiny.recipe(tmp_path / "parts", save_every=2, eval_every=2, log_every=5, keep=3)
     folder = run_folder(parts)
     tiny.train(ranks(2), parts, Options(max_steps=4))
     saved = folder / "checkpoints"

@@ -191,7 +191,7 @@ def test_what_tyro_refuses_is_shown_with_the_nearest(
         ),
         (
             ["--zero-config", "ds_configs/zero4.json"],
-            "--models.resnet50.zero ds_configs/zero4.json does not exist: "
+            "--zero-config ds_configs/zero4.json does not exist: "
             "use ds_configs/zero0.json to zero3.json, or a file of your own.",
         ),
     ],
@@ -558,7 +558,9 @@ made_transfers = st.builds(
     source=names,
     target=names,
     mode=st.sampled_from(["factor", "full", "svd"]),
-    adapter=st.builds(AdapterConfig, kind=st.sampled_from(["lpka", "mlp"]), joint=st.booleans(), gate=numbers),
+    adapter=st.builds(
+        AdapterConfig, kind=st.sampled_from(["lpka", "mlp"]), joint=st.booleans(), gate=numbers | st.just("auto")
+    ),
     optim=optims,
 )
 made_recipes = st.builds(
