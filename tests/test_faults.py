@@ -143,6 +143,14 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*DIGITS, "--steps", "60", "--resume", "{folder}/runs/digits_mergenet/transfer/seed7"),
         ("seed7", "another recipe", "steps", "seed"),
     ),
+    "result, damaged": (
+        (*DIGITS, "--output-dir", "{folder}/damaged"),
+        ("damaged/digits_mergenet/transfer/seed0/result.json", "cannot be read", "remove it"),
+    ),
+    "output, a file": (
+        (*DIGITS, "--output-dir", "{folder}/zero.txt"),
+        ("--output-dir {folder}/zero.txt", "cannot be written", "name another"),
+    ),
 }
 
 
@@ -163,6 +171,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if saved.name != "2":
             (saved / "DONE").touch()
     (run / "recipe.yaml").write_text(options.to_yaml(recipe))
+    damaged = made / "damaged" / "digits_mergenet" / "transfer" / "seed0"
+    damaged.mkdir(parents=True)
+    (damaged / "result.json").write_text('{"steps"')
+    (made / "zero.txt").touch()
     return made
 
 
@@ -187,23 +199,78 @@ def test_the_same_input_without_a_mistake_reaches_the_first_engine(ranks: Any, t
     assert [status for status, _, _ in found] == ["an engine was started"] * 2
 
 
-def test_what_one_rank_finds_wrong_ends_all(ranks: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("nowhere holds no data: name another --data-dir."), ("nowhere", "--data-dir")),
+        (OSError(5, "Input/output error", "/d/train"), ("/d/train cannot be used (Input/output error)",)),
+        (KeyError("img"), ("KeyError: 'img'",)),
+    ],
+)
+def test_what_one_rank_finds_wrong_ends_all(
+    ranks: Any, tmp_path: Path, error: Exception, words: tuple[str, ...]
+) -> None:
     """Another machine lacks its data: the first rank says whose."""
-    found = ranks(2).run(uneven, str(tmp_path))
-    assert_refused(found, ("rank 1: ", "nowhere", "--data-dir"))
+    found = ranks(2).run(uneven, str(tmp_path), error, timeout=60)
+    *_, (status, out, traceback) = found
+    if isinstance(error, KeyError):  # nobody's input: where it happened is said too
+        assert "Traceback" in traceback
+        found[1] = (status, out, "")
+    assert_refused(found, ("rank 1: ", *words))
 
 
-def uneven(folder: str) -> tuple[Any, str, str]:
+def uneven(folder: str, error: Exception) -> tuple[Any, str, str]:
     load_data = running.data.load
 
     def missing_here(config: Any, data_dir: str, *, train: bool) -> Any:
         if dist.get_rank() == 1:
-            raise ValueError("nowhere holds no data: name another --data-dir")
+            raise error
         return load_data(config, data_dir, train=train)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running.data, "load", missing_here)
         return start(["--output-dir", folder, *DIGITS])
+
+
+def test_all_ranks_go_the_way_of_the_first_where_a_file_system_lags(ranks: Any, tmp_path: Path) -> None:
+    found = ranks(2).run(lagging, str(tmp_path), timeout=60)
+    assert [status for status, _, _ in found] == ["an engine was started"] * 2
+
+
+def lagging(folder: str) -> tuple[Any, str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(running, "finished_steps", lambda _: 10**6)
+        return start(["--output-dir", folder, *DIGITS])
+
+
+def test_two_transfers_into_one_weight_under_two_names_are_refused(ranks: Any, tmp_path: Path) -> None:
+    base = tiny.recipe(tmp_path)
+    there = replace(base.method.transfers["there"], source="mobilenetv2:classifier.weight", mode="full")
+    both = {"one": replace(there, target="resnet:fc.weight"), "two": replace(there, target="resnet:twin.weight")}
+    recipe = replace(base, method=replace(base.method, transfers=both))
+    for said in ranks(2).run(tied, recipe):
+        assert said.startswith("--method.transfers: ")
+        assert "the same weight" in said
+
+
+def tied(recipe: Any) -> str:
+    build = models.build
+
+    def with_twin(*args: Any, **kwargs: Any) -> Any:
+        model: Any = build(*args, **kwargs)
+        if hasattr(model, "fc"):
+            model.twin = torch.nn.Linear(model.fc.in_features, model.fc.out_features)
+            model.twin.weight = model.fc.weight
+        return model
+
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
+        patch.setattr(models, "build", with_twin)
+        patch.setattr(running, "build_engine", None)
+        with pytest.raises(running.UserError) as error:
+            running.run(recipe, Options(), ranks, launch.StopSignal())
+    return str(error.value)
 
 
 def wrong_environment(arguments: list[str]) -> tuple[Any, str, str]:
@@ -351,15 +418,18 @@ def test_real_ranks_stopped_by_usr1_and_then_killed_end_like_uninterrupted_ones(
     running_now = subprocess.Popen(
         with_deepspeed, env=environment({}), stdout=subprocess.DEVNULL, start_new_session=True
     )
+    started: list[psutil.Process] = []
     try:
         wait_for_lines(folder / "metrics.jsonl", count, [running_now])
     finally:
-        started = psutil.Process(running_now.pid).children(recursive=True)
-        os.killpg(running_now.pid, signal.SIGKILL)
+        if running_now.poll() is None:
+            started = psutil.Process(running_now.pid).children(recursive=True)
+            os.killpg(running_now.pid, signal.SIGKILL)
         for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         running_now.wait()
+    assert started
     _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive
     assert not (folder / "result.json").exists()
