@@ -6,6 +6,7 @@ can be refused before a model is built. A recipe goes to YAML and back without l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -597,6 +598,11 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _typed_dataclass(typing.cast(type, kind), value, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for one in arguments[:-1]:
+            with contextlib.suppress(ValueError):
+                return _typed(one, value, path)
+        return _typed(arguments[-1], value, path)
     if origin is dict and isinstance(value, dict):
         return {key: _typed(arguments[1], entry, f"{path}.{key}") for key, entry in value.items()}
     if origin is tuple and isinstance(value, list):
