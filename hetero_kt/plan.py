@@ -63,7 +63,7 @@ class TransferCost:
     adapter: int
     """Parameters of the adapter; it is replicated."""
     gathered_before: int
-    """Bytes of fp32 gathered before the step under ZeRO-3: source and target. Nothing under ZeRO-1 and 2."""
+    """Bytes of fp32 gathered before the step, source and target: under ZeRO-3, and of bf16 weights their masters."""
     gathered_after: int
     """Bytes gathered after the step: the target again."""
 
@@ -81,8 +81,8 @@ def transfer_cost(recipe: Recipe, name: str, modules: dict[str, nn.Module]) -> T
         rows, columns = reference.shape
         shapes.append((rows if transfer.mode == "full" else rank, columns))
         moved = rank * columns if transfer.mode == "factor" else reference.tensor_shape.numel()
-        sharded = zero_block(recipe.models[model].zero)["stage"] == 3
-        gathered.append(4 * moved if sharded else 0)
+        in_pieces = zero_block(recipe.models[model].zero)["stage"] == 3 or recipe.models[model].precision == "bf16"
+        gathered.append(4 * moved if in_pieces else 0)
     source, target = shapes
     with torch.device("meta"):
         adapter = build_adapter(transfer.adapter, target, source)
