@@ -94,7 +94,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
     gc.collect()  # engines are full of cycles, and a comparison needs the last run's memory back
     with _agreed(ranks):
         check(recipe, ranks.world)
-        seen = [_look(recipe, options, folder, ranks.world)] if ranks.first else [(None, 0)]
+        seen: list[Any] = [_look(recipe, options, folder, ranks.world) if ranks.first else None]
     dist.broadcast_object_list(seen)  # a shared file system may show others less for a while: the first decides
     start_from, finished = seen[0]
     if finished >= last:
@@ -102,7 +102,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
             print(f"{folder} is finished: nothing to do (use --resume never to start over)", flush=True)
         return True
     with _agreed(ranks):
-        modules = build_models(recipe)
+        modules = {name: module.to(ranks.device) for name, module in build_models(recipe).items()}
         train, test = _loaders(recipe, ranks)
     with _agreed(ranks):  # by itself: an exchange makes its adapters equal on all ranks, which all have to reach
         adapters = _check_transfers(recipe, modules)
@@ -271,7 +271,7 @@ def _method(recipe: Recipe, modules: Mapping[str, nn.Module], ranks: Ranks) -> m
         rows = recipe.data[model.data].batch // ranks.world
         micro = model.micro_batch or rows
         engines[name] = build_engine(
-            modules[name].to(ranks.device),
+            modules[name],
             optim=model.optim,
             zero=zero_block(model.zero),
             precision=model.precision,

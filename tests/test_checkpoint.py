@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,3 +149,23 @@ def test_resume_never_begins_again(ranks: Any, tmp_path: Path) -> None:
     assert again[0]["first_step"] == 0
     assert not torch.equal(again[0]["resnet"]["fc.bias"], first[0]["resnet"]["fc.bias"])
     assert [line["step"] for line in tiny.lines(run_folder(recipe))] == [1, 2, 2]
+
+
+def test_a_checkpoint_knows_its_files_and_a_lost_shard_is_named(ranks: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, steps=2)
+    tiny.train(ranks(2), recipe, Options(max_steps=1))
+    (saved,) = checkpoint.complete(run_folder(recipe) / "checkpoints")
+    files = json.loads((saved / "DONE").read_text())["files"]
+    assert files == {str(f.relative_to(saved)): f.stat().st_size for f in saved.rglob("*.pt")}
+    shard = next(name for name in files if "optim_states" in name)
+    (saved / shard).unlink()
+    with pytest.raises(RuntimeError, match=rf"{shard} is missing: remove this checkpoint"):
+        tiny.train(ranks(2), recipe)
+
+
+def test_what_deepspeed_cannot_load_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(load_checkpoint=lambda *_, **__: (None, None))
+    monkeypatch.setattr(checkpoint, "check", lambda *_: None)
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
+    with pytest.raises(RuntimeError, match="nothing that DeepSpeed can load for resnet"):
+        checkpoint.load(tmp_path, {"resnet": engine})  # type: ignore[dict-item]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +137,8 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "resume, torn": ((*DIGITS, "--resume", "{folder}/2"), ("--resume {folder}/2", "no complete")),
     "resume, renamed": ((*DIGITS, "--resume", "{folder}/best"), ("--resume {folder}/best", "step")),
     "resume, other ranks": ((*DIGITS, "--resume", "{folder}/4"), ("{folder}/4", "1 rank", "2 now", "start 1")),
+    "resume, lost": ((*DIGITS, "--resume", "{folder}/6"), ("{folder}/6/resnet/shard1.pt is missing", "remove")),
+    "resume, cut": ((*DIGITS, "--resume", "{folder}/7"), ("{folder}/7/rank1.pt has 0 bytes", "with 4", "remove")),
     "resume, another recipe": (
         (*DIGITS, "--seed", "7", "--steps", "60", "--models.resnet.optim.lr", "0.2"),
         ("--resume auto", "another recipe", "models.resnet.optim.lr", "steps", "--output-dir", "--resume never"),
@@ -154,6 +158,9 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+LISTED = defaultdict(dict, {"6": {"rank0.pt": 0, "resnet/shard1.pt": 4, "method.pt": 4}, "7": {"rank1.pt": 4}})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that can be wrong with files."""
@@ -163,13 +170,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (made / "data" / "cifar100" / f"{part}.parquet").write_bytes(b"PAR1 and no more")
     recipe, _ = options.resolve(load(LAUNCHER).VARIANTS, [*DIGITS, "--output-dir", str(made / "runs"), "--seed", "7"])
     run = run_folder(recipe)
-    for saved in (made / "2", made / "4", made / "best", run / "checkpoints" / "5"):
+    for saved in (made / "2", made / "4", made / "6", made / "7", made / "best", run / "checkpoints" / "5"):
         saved.mkdir(parents=True)
-        (saved / "rank0.pt").touch()
-        if saved.name != "4":
-            (saved / "rank1.pt").touch()
+        for rank in range(2):
+            (saved / f"rank{rank}.pt").touch()
         if saved.name != "2":
-            (saved / "DONE").touch()
+            (saved / "DONE").write_text(
+                json.dumps({"ranks": 1 if saved.name == "4" else 2, "files": LISTED[saved.name]})
+            )
     (run / "recipe.yaml").write_text(options.to_yaml(recipe))
     damaged = made / "damaged" / "digits_mergenet" / "transfer" / "seed0"
     damaged.mkdir(parents=True)

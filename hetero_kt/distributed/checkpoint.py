@@ -3,7 +3,7 @@
     checkpoints/<step>/<engine>/...   DeepSpeed's own files: weights, fp32 masters, moments
     checkpoints/<step>/rank<k>.pt     what only rank k knows: its buffers and random state
     checkpoints/<step>/method.pt      the method's own state (adapters, their optimizers)
-    checkpoints/<step>/DONE           written last: without it the folder does not count
+    checkpoints/<step>/DONE           written last: every other file's size; without it the folder does not count
 
 Saving changes no state: every rank's buffers are kept as they are, so a resumed run is bit-equal to an uninterrupted
 one. DeepSpeed loads its own files with pickle; ours are read as plain tensors, which runs no code.
@@ -11,6 +11,8 @@ one. DeepSpeed loads its own files with pickle; ours are read as plain tensors, 
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import nn
+
+REMOVE = "remove this checkpoint to go on from an older one"
 
 
 def save(
@@ -52,7 +56,9 @@ def save(
         torch.save(dict(method_state), target / "method.pt")
     dist.barrier()
     if rank == 0:
-        (target / "DONE").write_text(f"step {step}, {dist.get_world_size()} ranks\n")
+        sizes = {str(file.relative_to(target)): file.stat().st_size for file in target.rglob("*.pt")}
+        (target / "DONE.part").write_text(json.dumps({"step": step, "ranks": dist.get_world_size(), "files": sizes}))
+        os.replace(target / "DONE.part", target / "DONE")
         for old in complete(folder)[:-keep]:
             (old / "DONE").unlink()  # first the marker: a kill in between must not leave half of a valid one
         for path in folder.glob("*"):
@@ -72,18 +78,28 @@ def check(path: Path, world: int) -> None:
     """Refuse, before any engine starts, what `load` cannot restore on `world` ranks.
 
     Raises:
-        ValueError: not a complete checkpoint, a renamed one, or one of another number of ranks.
+        ValueError: not a complete checkpoint, a renamed or damaged one, or one of another number of ranks.
     """
     if not (path / "DONE").exists():
         raise ValueError(f"--resume {path} is not a complete checkpoint (no DONE in it): name a complete one.")
     if not path.name.isdigit():
         raise ValueError(f"--resume {path} is not named by its step: give the checkpoint its number back.")
-    saved = len(list(path.glob("rank*.pt")))
+    try:
+        done = json.loads((path / "DONE").read_text())
+        saved, sizes = int(done["ranks"]), dict(done["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume: {path / 'DONE'} cannot be read: {REMOVE}.") from error
     if saved != world:
         raise ValueError(
             f"--resume: {path} was written by {saved} rank(s) and there are {world} now: "
             f"start {saved}, or begin again with --resume never."
         )
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"--resume: {file} is missing: {REMOVE}.")
+        if file.stat().st_size != size:
+            raise ValueError(f"--resume: {file} has {file.stat().st_size} bytes and was saved with {size}: {REMOVE}.")
 
 
 def load(path: Path, engines: Mapping[str, DeepSpeedEngine]) -> dict[str, Any]:
@@ -91,15 +107,19 @@ def load(path: Path, engines: Mapping[str, DeepSpeedEngine]) -> dict[str, Any]:
 
     Raises:
         ValueError: as `check`.
+        RuntimeError: DeepSpeed found nothing to load.
     """
     check(path, dist.get_world_size())
     for name, engine in engines.items():
-        engine.load_checkpoint(str(path), tag=name)
+        found, _ = engine.load_checkpoint(str(path), tag=name)
+        if found is None:
+            raise RuntimeError(f"{path} holds nothing that DeepSpeed can load for {name}.")
     mine = torch.load(path / f"rank{dist.get_rank()}.pt", weights_only=True, map_location="cpu")
     for name, engine in engines.items():
         restore_buffers(engine.module, mine["buffers"][name])
     restore_random_state(mine["random"])
-    return torch.load(path / "method.pt", weights_only=True, map_location=next(iter(engines.values())).device)
+    # Onto the CPU: `load_state_dict` moves what belongs elsewhere, and Adam's step counts belong nowhere else.
+    return torch.load(path / "method.pt", weights_only=True, map_location="cpu")
 
 
 def restore_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
