@@ -1,4 +1,4 @@
-"""The loop: step, log, evaluate, save, stop on a signal. It knows of a method what `Method` says, and nothing else."""
+"""The loop: step, log, evaluate, save, stop on a signal. It knows of a method what `hetero_kt.methods` says."""
 
 from __future__ import annotations
 
@@ -8,38 +8,25 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from hetero_kt.config import Recipe
 from hetero_kt.distributed import checkpoint, params
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import averaged_buffers
-from hetero_kt.methods.mergenet import TransferDiverged
+from hetero_kt.methods import Diverged, Method
 from hetero_kt.nn.reencode import plain_state_dict
 
-
-class Method(Protocol):
-    """One way to transfer knowledge between models."""
-
-    engines: dict[str, DeepSpeedEngine]
-
-    @property
-    def models(self) -> dict[str, nn.Module]: ...
-
-    def step(self, step: int, batches: Mapping[str, Any]) -> dict[str, Tensor]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+SIGNAL_EVERY = 10
+"""Steps between two looks at signals, at most: ranks have to agree, which costs an all-reduce."""
 
 
 class Trainer:
@@ -79,7 +66,7 @@ class Trainer:
         """Train to the end; True when it was reached, False when a signal stopped the run (a checkpoint is written).
 
         Raises:
-            TransferDiverged: after a checkpoint has been written.
+            Diverged: after a checkpoint has been written.
         """
         recipe = self.recipe
         # A checkpoint may be older than its step's evaluation (a signal came first): a resumed run makes sure of it.
@@ -91,14 +78,15 @@ class Trainer:
             while self.step < self.last:
                 try:
                     self._one_step()
-                except TransferDiverged:
+                except Diverged:
                     self.log.write(self.step)
                     self.save()
                     raise
-                logs, saves = self._due(recipe.log_every), self._due(recipe.save_every)
-                if logs or saves:  # a checkpoint's losses are in the log, so that none is lost or told twice
-                    self.log.write(self.step)
-                if logs and self.stop.agreed(self.ranks.device):
+                stops = self._due(min(recipe.log_every, SIGNAL_EVERY)) and self.stop.agreed(self.ranks.device)
+                saves = self._due(recipe.save_every)
+                if stops or saves or self._due(recipe.log_every):
+                    self.log.write(self.step)  # a checkpoint's losses are in the log, so that none is told twice
+                if stops:
                     self.save()
                     return False
                 if self._due(recipe.eval_every):
@@ -112,8 +100,9 @@ class Trainer:
         return self.step == self.last or (every > 0 and self.step % every == 0)
 
     def _one_step(self) -> None:
-        self.log.add(self.method.step(self.step, self.batches(self.step)))
+        scalars = self.method.step(self.step, self.batches(self.step))
         self.step += 1
+        self.log.add(self.step, scalars)
         self.after_step()
 
     def evaluate_all(self) -> None:
@@ -149,13 +138,14 @@ class Trainer:
 
 class _Log:
     """Scalars of a run: kept on the device, read once per interval, written by the first rank to metrics.jsonl and
-    TensorBoard, the latest beside the progress bar."""
+    TensorBoard, the latest beside the progress bar. Losses are averaged over the interval; every transfer of it has
+    its measurements written at its own step."""
 
     def __init__(self, folder: Path, start: int, last: int, name: str, ranks: Ranks, *, evaluated_again: bool) -> None:
         self.folder, self.start, self.last, self.ranks = folder, start, last, ranks
         self.evaluated_again = evaluated_again
         self.sums: dict[str, Tensor] = {}
-        self.latest: dict[str, Tensor] = {}
+        self.transfers: list[tuple[int, dict[str, Tensor]]] = []
         self.count = 0
         self.said = start  # the step of the last line where there is no terminal for a bar
         self.clock = time.perf_counter()
@@ -197,17 +187,18 @@ class _Log:
             self.file.close()
             self.board.close()
 
-    def add(self, scalars: Mapping[str, Tensor]) -> None:
-        """One step's scalars, left on the device."""
-        for name, value in scalars.items():
-            if name.endswith("/loss"):
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
-            else:
-                self.latest[name] = value
+    def add(self, step: int, scalars: Mapping[str, Tensor]) -> None:
+        """One step's scalars, left where they are."""
+        measured = dict(scalars)
+        for name in [name for name in scalars if name.endswith("/loss")]:
+            value = measured.pop(name)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if measured:
+            self.transfers.append((step, measured))
         self.count += 1
 
     def write(self, step: int) -> None:
-        """Mean losses since the last call, over ranks too, and the newest of everything else. Collective."""
+        """Mean losses since the last call, over ranks too, and every transfer's measurements. Collective."""
         if not self.count:
             return
         names = sorted(self.sums)
@@ -215,13 +206,36 @@ class _Log:
         dist.all_reduce(losses)
         seconds = time.perf_counter() - self.clock
         values = dict(zip(names, (losses / self.ranks.world).tolist(), strict=True))
-        values |= {name: float(value) for name, value in self.latest.items()}
+        for at, measured in self._measurements():
+            if at < step:
+                self._record(at, measured)
+            else:
+                values |= measured
         values["seconds_per_step"] = seconds / self.count
-        self.sums, self.latest, self.count, self.clock = {}, {}, 0, time.perf_counter()
+        self.sums, self.transfers, self.count, self.clock = {}, [], 0, time.perf_counter()
         self.scalars(step, values)
+
+    def _measurements(self) -> list[tuple[int, dict[str, float]]]:
+        """The transfers as numbers; the device is waited for once."""
+        tensors = [value for _, measured in self.transfers for value in measured.values()]
+        on_device = [value.float() for value in tensors if value.device.type != "cpu"]
+        read = iter(torch.stack(on_device).tolist() if on_device else [])
+        numbers = iter([float(value) if value.device.type == "cpu" else next(read) for value in tensors])
+        return [(step, {name: next(numbers) for name in measured}) for step, measured in self.transfers]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write `values` of this step, on the first rank."""
+        if not self.ranks.first:
+            return
+        self._record(step, values)
+        note = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if k.endswith(("/loss", "/test_top1")))
+        self.progress.update(self.task, completed=step, note=note)
+        evaluated = any("/test_" in name for name in values)
+        if evaluated or (not self.console.is_terminal and step - self.said >= self.last // 5):
+            self.console.print(f"{self.name}  step {step}/{self.last}  {note}", highlight=False)
+            self.said = step
+
+    def _record(self, step: int, values: Mapping[str, float]) -> None:
         if not self.ranks.first:
             return
         # JSON has no NaN and no infinity
@@ -229,9 +243,3 @@ class _Log:
         self.file.write(json.dumps({"step": step, **written}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        note = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if k.endswith(("/loss", "/test_top1")))
-        self.progress.update(self.task, completed=step, note=note)
-        evaluated = any("/test_" in name for name in values)
-        if evaluated or (not self.console.is_terminal and step - self.said >= self.last // 5):
-            self.console.print(f"{self.name}  step {step}/{self.last}  {note}", highlight=False)
-            self.said = step

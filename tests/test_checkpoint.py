@@ -65,6 +65,15 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_the_run_goes_on(
     assert tiny.lines(folder) == tiny.lines(run_folder(whole))
 
 
+def test_a_signal_is_heeded_long_before_the_next_line_of_the_log(ranks: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, steps=200, log_every=100)
+    stopped = tiny.train(ranks(1), recipe, Options(), Plan(signals=((0, 3, signal.SIGUSR1),)))
+    assert not stopped[0]["done"]
+    (saved,) = checkpoint.complete(run_folder(recipe) / "checkpoints")
+    assert saved.name == "10"
+    assert "resnet/loss" in tiny.lines(run_folder(recipe))[-1], "what was measured is not lost"
+
+
 def test_what_a_kill_leaves_behind_is_passed_over_and_cleared_away(ranks: Any, tmp_path: Path) -> None:
     whole = tiny.recipe(tmp_path / "whole", save_every=2, eval_every=2, log_every=5)
     uninterrupted = tiny.train(ranks(2), whole)

@@ -25,7 +25,7 @@ from hetero_kt.config import Control, Data, MergeNet, Model, Optim, Recipe, Sche
 from hetero_kt.distributed import checkpoint, params
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import averaged_buffers
-from hetero_kt.methods.mergenet import TransferDiverged
+from hetero_kt.methods import Diverged
 from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.options import Options
 from hetero_kt.trainer import Trainer
@@ -138,7 +138,7 @@ def _train(base: Recipe, options: Options, plan: Plan) -> bytes:
         running.Trainer = Watched  # type: ignore[misc]
         try:
             end["done"] = running.run(base, options, ranks, StopSignal())
-        except TransferDiverged as error:
+        except Diverged as error:
             end["diverged"] = str(error)
         finally:
             running.Trainer = Trainer  # type: ignore[misc]
