@@ -100,10 +100,14 @@ def parse(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | None 
     return recipe, options
 
 
-def leave(error: Exception, status: int = 2) -> NoReturn:
-    """End the process over a user's mistake: one sentence from the first rank, no traceback."""
-    if is_first_rank():
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def leave(error: Exception, status: int = 2, alone: bool = False) -> NoReturn:
+    """End the process over a user's mistake: one sentence from the first rank, no traceback.
+
+    With `alone`, from this one: the others may not have met the mistake.
+    """
+    if alone or is_first_rank():
+        rank, _ = place()
+        print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
     else:
         _let_the_first_speak()
     raise SystemExit(status)

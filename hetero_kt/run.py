@@ -32,7 +32,7 @@ from hetero_kt.distributed import checkpoint, launch
 from hetero_kt.distributed.engine import build_engine, build_schedule
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import evaluate
-from hetero_kt.methods import mergenet
+from hetero_kt.methods import Diverged, mergenet
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.options import (
@@ -64,15 +64,14 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
         ranks, stop = launch.start(), StopSignal()
         torch.autograd.set_detect_anomaly(options.debug)
     except ValueError as error:
-        leave(error)
+        leave(error, alone=True)
     try:
         finished = all(run(one, options, ranks, stop) for one in runs(recipe, options))
-    except UserError as error:
-        leave(error)
-    except mergenet.TransferDiverged as error:
-        leave(error, status=1)
-    finally:
+    except (UserError, Diverged) as error:
+        # All ranks are here. After an error of one rank only, leaving the group would wait for the others.
         dist.destroy_process_group()
+        leave(error, status=1 if isinstance(error, Diverged) else 2)
+    dist.destroy_process_group()
     if finished and ranks.first:
         report.finish(Path(recipe.output_dir) / recipe.name)
 
@@ -86,7 +85,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
 
     Raises:
         UserError: the recipe, its data or the run folder does not fit; raised on all ranks before any engine starts.
-        TransferDiverged: proposals were not finite five times in a row; a checkpoint has been written.
+        Diverged: proposals were not finite five times in a row; a checkpoint has been written.
     """
     folder = run_folder(recipe)
     last = min(recipe.steps, options.max_steps or recipe.steps)
@@ -111,7 +110,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
             _open_folder(recipe, options, folder)
     parameters = {name: _parameters(module) for name, module in modules.items()}
     if ranks.first:
-        _announce(recipe, parameters, adapters, start_from)
+        _announce(recipe, parameters, adapters, train, start_from)
 
     torch.manual_seed(recipe.seed * 100_003 + 1 + ranks.rank)  # dropout differs between ranks, weights do not
     method = _method(recipe, modules, ranks)
@@ -365,11 +364,21 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _announce(recipe: Recipe, parameters: Mapping[str, int], adapters: Mapping[str, int], at: Path | None) -> None:
+def _announce(
+    recipe: Recipe,
+    parameters: Mapping[str, int],
+    adapters: Mapping[str, int],
+    train: Mapping[str, data.Loader],
+    at: Path | None,
+) -> None:
     text = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in parameters.items())
     text += "".join(f", adapter {name} {n / 1e6:.2f}M" for name, n in adapters.items())
     resumed = f", from step {at.name}" if at else ""
     print(f"{recipe.name}: {recipe.method.control}, seed {recipe.seed}{resumed} ({text} parameters)", flush=True)
+    for name, loader in train.items():
+        dropped = len(loader.images) % loader.global_batch if loader.global_batch < len(loader.images) else 0
+        if dropped:
+            print(f"{name}: {dropped} samples an epoch are dropped: batch {loader.global_batch}", flush=True)
 
 
 @contextmanager

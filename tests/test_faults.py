@@ -298,8 +298,12 @@ def wrong_environment(arguments: list[str]) -> tuple[Any, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
-def test_a_wrong_environment_is_one_sentence_too(ranks: Any) -> None:
-    assert_refused(ranks(2).run(wrong_environment, list(DIGITS)), ("RANK is set but MASTER_ADDR is not",))
+def test_a_wrong_environment_is_one_sentence_of_each_rank_that_has_it(ranks: Any) -> None:
+    """Before there is a group no rank knows of the others."""
+    one, other = ranks(2).run(wrong_environment, list(DIGITS))
+    said = "RANK is set but MASTER_ADDR is not: start with deepspeed.\n"
+    assert one == (2, "", f"error: {said}")
+    assert other == (2, "", f"error: rank 1: {said}")
 
 
 def test_a_plan_of_what_does_not_exist_is_one_sentence(ranks: Any) -> None:
@@ -344,7 +348,7 @@ def test_five_interrupted_by_a_good_one_do_not_stop_the_run(ranks: Any, tmp_path
 
 def diverge(recipe: Any) -> tuple[Any, str, str]:
     def diverged(*_: Any) -> bool:
-        raise running.mergenet.TransferDiverged("transfer there: 5 proposals in a row were not finite.")
+        raise running.Diverged("transfer there: 5 proposals in a row were not finite.")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "run", diverged)
@@ -355,6 +359,33 @@ def test_a_diverged_run_ends_in_one_sentence_and_an_error_status(ranks: Any) -> 
     found = ranks(2).run(diverge, list(DIGITS))
     assert [status for status, _, _ in found] == [1, 1]
     assert [err for _, _, err in found] == ["error: transfer there: 5 proposals in a row were not finite.\n", ""]
+
+
+def fail(error: Exception) -> tuple[list[str], Any]:
+    """What a start does when its run raises `error`."""
+    done: list[str] = []
+
+    def failing(*_: Any) -> bool:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept(), contextlib.redirect_stderr(io.StringIO()):
+        patch.setattr(running, "run", failing)
+        patch.setattr(launch, "start", lambda: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
+        patch.setattr(dist, "destroy_process_group", lambda: done.append("left the group"))
+        patch.setattr(options, "PATIENCE", 0.0)
+        patch.setattr(sys, "argv", ["cifar_mergenet.py", *DIGITS])
+        try:
+            running.main(load(LAUNCHER).VARIANTS)
+        except (SystemExit, ZeroDivisionError) as end:
+            return done, repr(end)
+    return done, None
+
+
+def test_the_group_is_left_only_where_all_ranks_leave_it(ranks: Any) -> None:
+    """After one rank's own error the others still wait in a collective, and leaving could wait for them."""
+    assert ranks(1).run(fail, running.UserError("no.")) == [(["left the group"], "SystemExit(2)")]
+    assert ranks(1).run(fail, running.Diverged("no.")) == [(["left the group"], "SystemExit(1)")]
+    assert ranks(1).run(fail, ZeroDivisionError("no")) == [([], "ZeroDivisionError('no')")]
 
 
 # --- killed ranks ---

@@ -26,6 +26,7 @@ from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.evaluate import evaluate
 from hetero_kt.options import Options
+from hetero_kt.report import read_metrics
 from hetero_kt.run import run_folder
 
 STEPS = 4
@@ -41,10 +42,11 @@ def test_the_run_folder_holds_what_it_promises(ranks: Any, tmp_path: Path) -> No
     assert options.from_yaml((folder / "recipe.yaml").read_text()) == recipe
 
     lines = tiny.lines(folder)
-    assert [line["step"] for line in lines] == [2, 2, 4, 4], "losses, then metrics"
-    assert {"resnet/loss", "mobilenetv2/loss", "there/gate", "there/change", "back/cosine"} <= lines[0].keys()
+    assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4], "transfers, losses, metrics"
+    assert {"there/gate", "there/change", "back/cosine"} <= lines[0].keys()
+    assert lines[1].keys() == {"step", "resnet/loss", "mobilenetv2/loss"}
     tests = {f"{name}/test_{metric}" for name in recipe.models for metric in ("loss", "top1", "top5")}
-    assert lines[1].keys() == {"step", *tests}
+    assert lines[2].keys() == {"step", *tests}
 
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
@@ -67,6 +69,33 @@ def test_the_run_folder_holds_what_it_promises(ranks: Any, tmp_path: Path) -> No
     for name, metrics in result["metrics"].items():
         assert metrics.keys() == {"loss", "top1", "top5"}
         assert {f"{name}/test_{k}": v for k, v in metrics.items()}.items() <= lines[-1].items()
+
+
+def test_every_transfer_is_logged_at_its_own_step_however_seldom_the_log_is_written(ranks: Any, tmp_path: Path) -> None:
+    seldom, often = (tiny.recipe(tmp_path / str(every), log_every=every) for every in (6, 1))
+    for recipe in (seldom, often):
+        tiny.train(ranks(1), recipe)
+    logs = [read_metrics(run_folder(recipe)) for recipe in (seldom, often)]
+    assert list(logs[0]["there/change"]) == [1, 3, 5]
+    assert list(logs[0]["back/gate"]) == list(logs[0]["back/omega1.3"]) == [1, 4]
+    for name in logs[0]:
+        if name.partition("/")[0] in ("there", "back"):
+            assert logs[0][name] == logs[1][name]
+    assert list(logs[0]["resnet/loss"]) == [6]
+    assert logs[0]["resnet/loss"][6] == pytest.approx(sum(logs[1]["resnet/loss"].values()) / 6)
+    steps = [line["step"] for line in tiny.lines(run_folder(seldom))]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize(("batch", "dropped"), [(8, 0), (7, 4), (2000, 0)])
+def test_samples_that_no_batch_takes_are_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], batch: int, dropped: int
+) -> None:
+    recipe = tiny.recipe(tmp_path)
+    images = data.load(recipe.data["all"], train=True)
+    running._announce(recipe, {}, {}, {"all": Loader(images, batch, 0, ())}, None)
+    _, *others = capsys.readouterr().out.splitlines()
+    assert others == ([f"all: {dropped} samples an epoch are dropped: batch {batch}"] if dropped else [])
 
 
 @pytest.mark.parametrize("mode", ["factor", "full"])
