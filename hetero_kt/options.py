@@ -53,6 +53,8 @@ class Options:
     """Print the resolved recipe and stop."""
     plan: bool = False
     """Print memory per rank, bytes per step and parameters, and stop."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits again; slower on a GPU, and an operation that has none ends the run."""
     profile: bool = False
     """Write a profile of a few steps into the run folder."""
     variant: str = "default"

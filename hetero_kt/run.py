@@ -61,6 +61,8 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
             if rank == 0:
                 plan.show(recipe, world)
             return
+        if options.deterministic:
+            launch.make_deterministic()
         ranks, stop = launch.start(), StopSignal()
         torch.autograd.set_detect_anomaly(options.debug)
     except ValueError as error:

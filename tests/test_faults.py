@@ -281,6 +281,28 @@ def tied(recipe: Any) -> str:
     return str(error.value)
 
 
+def deterministic(arguments: list[str]) -> list[str]:
+    """In which order a start sets up."""
+    order: list[str] = []
+
+    def begin() -> Ranks:
+        order.append("start")
+        raise ValueError("no further.")
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+        patch.setattr(launch, "make_deterministic", lambda: order.append("deterministic"))
+        patch.setattr(launch, "start", begin)
+        patch.setattr(sys, "argv", ["cifar_mergenet.py", *arguments])
+        with contextlib.suppress(SystemExit):
+            running.main(load(LAUNCHER).VARIANTS)
+    return order
+
+
+def test_deterministic_is_set_before_cuda_starts(ranks: Any) -> None:
+    assert ranks(1).run(deterministic, [*DIGITS, "--deterministic"]) == [["deterministic", "start"]]
+    assert ranks(1).run(deterministic, [*DIGITS]) == [["start"]]
+
+
 def wrong_environment(arguments: list[str]) -> tuple[Any, str, str]:
     def half() -> None:
         raise ValueError("RANK is set but MASTER_ADDR is not: start with deepspeed.")
@@ -413,6 +435,7 @@ def wait_for_lines(log: Path, count: int, processes: list[Any]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_real_ranks_stopped_by_usr1_and_then_killed_end_like_uninterrupted_ones(ranks: Any, tmp_path: Path) -> None:
     arguments = [*ARGUMENTS, "--output-dir", str(tmp_path / "killed")]
     recipe, _ = options.resolve(load(LAUNCHER).VARIANTS, arguments)

@@ -186,6 +186,19 @@ def test_more_ranks_than_gpus_is_one_sentence_on_all_of_them(monkeypatch: pytest
         del os.environ[name]
 
 
+def test_deterministic_is_said_to_torch_and_to_cublas() -> None:
+    was = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        launch.make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = was
+
+
 # --- nothing is compiled ---
 
 

@@ -67,9 +67,29 @@ def test_variant(launcher: Path, variant: str, debug: bool) -> None:
             assert source[0] == target[0]
 
 
+def test_gpu_is_default_in_eight_epochs_of_autocast() -> None:
+    module = load(next(launcher for launcher in LAUNCHERS if launcher.stem == "cifar_mergenet"))
+    short, whole = module.VARIANTS["gpu"](), module.VARIANTS["default"]()
+    assert short.steps == 8 * module.EPOCH
+    assert {model.precision for model in short.models.values()} == {"autocast"}
+    assert all(model.schedule.name == "cosine" and model.schedule.warmup for model in short.models.values())
+    assert short.method == whole.method
+    assert {t.target.partition(":")[0] for t in short.method.transfers.values()} == set(short.models), "mutual"
+
+
 def test_run_folders_of_variants_are_apart() -> None:
     names = [make().name for launcher in LAUNCHERS for make in load(launcher).VARIANTS.values()]
     assert len(set(names)) == len(names)
+
+
+def test_an_epoch_is_as_many_steps_as_the_loader_makes_of_it() -> None:
+    """So that the last evaluation is the end."""
+    for launcher in LAUNCHERS:
+        for make in load(launcher).VARIANTS.values():
+            recipe = make()
+            if any(data.name == "cifar100" and not data.per_class for data in recipe.data.values()):
+                assert load(launcher).EPOCH == 50_000 // 128
+                assert recipe.steps % recipe.eval_every == 0
 
 
 @pytest.mark.parametrize(

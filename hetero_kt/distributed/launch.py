@@ -115,6 +115,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def make_deterministic() -> None:
+    """Only algorithms that give the same bits again. To be called before CUDA starts: cuBLAS reads its setting then."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 class StopSignal:
     """Remembers USR1 and TERM; ranks agree before they act, so that all of them stop after the same step."""
 
