@@ -492,6 +492,16 @@ def test_a_proposal_that_is_not_finite_is_not_written_and_the_other_transfer_sti
     assert all(p.isfinite().all() for m in models.values() for p in m.parameters())
 
 
+def test_the_last_proposal_of_a_run_is_warned_about_once_when_it_is_saved() -> None:
+    _, exchange = poisoned()
+    exchange.propose()
+    with pytest.warns(UserWarning, match="step 0 was not finite"):
+        exchange.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exchange.state_dict()
+
+
 def test_a_rejected_proposal_resets_no_moments() -> None:
     models = build_pair()
     optimizer = torch.optim.SGD(models["perceptron"].parameters(), 0.1, momentum=0.9)

@@ -161,6 +161,8 @@ class Exchange:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, in plain tensors and numbers."""
+        for path in self.paths:
+            path.warn_if_bad()  # a run's last transfer has no next one that would say it
         return {
             "step": self.step,
             "bytes_gathered": self.traffic.bytes,
@@ -289,7 +291,7 @@ class _Path:
         self.sensitivity = torch.full((), torch.nan, device=self.device)
         self.bad_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
         self.bad_seen = _Late(self.device)
-        self.at_step = -1
+        self.at_step = self.warned_at = -1
         self.gradient: Tensor | None = None
 
     def propose(self, source: Tensor, target: Tensor, step: int) -> None:
@@ -396,14 +398,20 @@ class _Path:
         self.optimizer.step()
         self.updates += 1
 
-    def raise_if_diverged(self) -> None:
-        """Say that the last proposal was not finite, and give up after too many in a row."""
+    def warn_if_bad(self) -> int:
+        """Say once, on the first rank, that the last proposal was not finite; how many in a row were not."""
         bad = self.bad_seen.receive()
-        if bad:
+        if bad and self.warned_at != self.at_step and not (dist.is_initialized() and dist.get_rank()):
             warnings.warn(
                 f"transfer {self.name}: the proposal at step {self.at_step} was not finite, nothing was written.",
-                stacklevel=3,
+                stacklevel=4,
             )
+        self.warned_at = self.at_step
+        return bad
+
+    def raise_if_diverged(self) -> None:
+        """Give up after too many proposals in a row that were not finite; the same verdict on all ranks."""
+        bad = self.warn_if_bad()
         if bad >= BAD_IN_A_ROW:
             raise TransferDiverged(
                 f"transfer {self.name}: {bad} proposals in a row were not finite: lower its optim.lr or its gate."
@@ -425,7 +433,7 @@ class _Path:
         self.bad_in_a_row = torch.full_like(self.bad_in_a_row, state["bad_in_a_row"])
         self.bad_seen.send(self.bad_in_a_row)
         self.sensitivity = state["sensitivity"].to(self.device)
-        self.at_step = state["at_step"]
+        self.at_step = self.warned_at = state["at_step"]
         if self.adapter is not None:
             self.adapter.load_state_dict(state["adapter"])
             self.optimizer.load_state_dict(state["optimizer"])
