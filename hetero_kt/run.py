@@ -105,11 +105,14 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
     with _agreed(ranks):
         modules = {name: module.to(ranks.device) for name, module in build_models(recipe).items()}
         train, test = _loaders(recipe, ranks)
+        seen_data = fingerprint(recipe, train, test)
+        if start_from is not None:
+            _check_same_data(recipe, seen_data, start_from.parents[1], options.resume)
     with _agreed(ranks):  # by itself: an exchange makes its adapters equal on all ranks, which all have to reach
         adapters = _check_transfers(recipe, modules)
     with _agreed(ranks):
         if ranks.first:
-            _open_folder(recipe, options, folder)
+            _open_folder(recipe, options, folder, seen_data)
     parameters = {name: _parameters(module) for name, module in modules.items()}
     if ranks.first:
         _announce(recipe, parameters, adapters, train, start_from)
@@ -205,11 +208,18 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
             image_size=recipe.data[model.data].image_size,
             init=model.init,
         )
+        _check_precision(f"--models.{name}.precision", model.precision, modules[name])
     for label, transfer in recipe.method.transfers.items():
         if transfer.mode == "factor":
             _factorise(modules, transfer.source, transfer.source_rank or transfer.rank, f"{label}.source")
             _factorise(modules, transfer.target, transfer.rank, f"{label}.target")
     return modules
+
+
+def _check_precision(option: str, precision: str, module: nn.Module) -> None:
+    """BatchNorm's running statistics are sums of many small steps, which parameters stored in bf16 would round away."""
+    if precision == "bf16" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+        raise ValueError(f"{option} bf16 does not suit the BatchNorm in this model: use autocast.")
 
 
 def _factorise(modules: Mapping[str, nn.Module], site: str, rank: int, option: str) -> None:
@@ -336,9 +346,49 @@ def _check_same_recipe(recipe: Recipe, folder: Path, resume: str) -> None:
         )
 
 
-def _open_folder(recipe: Recipe, options: Options, folder: Path) -> None:
+def fingerprint(
+    recipe: Recipe, train: Mapping[str, data.Loader], test: Mapping[str, data.Loader]
+) -> dict[str, dict[str, Any]]:
+    """What a recipe only names: the samples of each data set, and the stage in each model's ZeRO file."""
+    return {
+        "data": {name: [_samples(train[name].images), _samples(test[name].images)] for name in recipe.data},
+        "zero": {name: zero_block(model.zero)["stage"] for name, model in recipe.models.items()},
+    }
+
+
+def _samples(images: data.ImageSet) -> dict[str, int]:
+    """How many there are, and checksums of their labels and of about a hundred pictures."""
+    thinned = images.images[:: max(1, len(images) // 100)]
+    return {
+        "samples": len(images),
+        "labels": zlib.crc32(images.labels.numpy().tobytes()),
+        "pictures": zlib.crc32(thinned.contiguous().numpy().tobytes()),
+    }
+
+
+def _check_same_data(recipe: Recipe, ours: Mapping[str, Mapping[str, Any]], folder: Path, resume: str) -> None:
+    file = folder / "data.json"
+    try:
+        theirs = json.loads(file.read_text()) if file.exists() else ours
+        changed = [(kind, name) for kind in ours for name in ours[kind] if theirs[kind][name] != ours[kind][name]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume {resume}: {file} cannot be read: remove it to go on unchecked.") from error
+    for kind, name in changed:
+        if kind == "data":
+            raise ValueError(
+                f"--data-dir {recipe.data_dir} holds another {recipe.data[name].name} than {folder} was trained on: "
+                "name that one's, or use --resume never to begin again."
+            )
+        raise ValueError(
+            f"--models.{name}.zero {recipe.models[name].zero} is stage {ours[kind][name]} and {folder} was trained at "
+            f"stage {theirs[kind][name]}: give it back, or use --resume never to begin again."
+        )
+
+
+def _open_folder(recipe: Recipe, options: Options, folder: Path, seen_data: Mapping[str, Any]) -> None:
     try:
         _clear_and_sign(recipe, options, folder)
+        _write_whole(folder / "data.json", json.dumps(seen_data, indent=1) + "\n")
     except OSError as error:
         raise ValueError(
             f"--output-dir {recipe.output_dir} cannot be written ({error.strerror}: {error.filename}): name another."

@@ -15,6 +15,8 @@ import tiny
 import torch
 from tiny import Plan
 
+from hetero_kt import data
+from hetero_kt.config import Recipe
 from hetero_kt.distributed import checkpoint
 from hetero_kt.options import Options
 from hetero_kt.run import run_folder
@@ -178,3 +180,38 @@ def test_what_deepspeed_cannot_load_is_not_passed_over(tmp_path: Path, monkeypat
     monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
     with pytest.raises(RuntimeError, match="nothing that DeepSpeed can load for resnet"):
         checkpoint.load(tmp_path, {"resnet": engine})  # type: ignore[dict-item]
+
+
+def with_other(base: Recipe, what: str) -> bool:
+    """`base` on pictures that are not those of the first run, of which there may be as many."""
+    load = data.load
+
+    def changed(config: Any, data_dir: str, *, train: bool) -> Any:
+        images = load(config, data_dir, train=train)
+        if what == "labels":
+            return replace(images, labels=images.labels.flip(0))
+        if what == "pictures":
+            return replace(images, images=255 - images.images)
+        return images.take(torch.arange(len(images)) > 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", changed)
+        tiny._train(base, Options(), Plan())
+    return True
+
+
+@pytest.mark.parametrize("what", ["labels", "pictures", "samples"])
+def test_another_data_set_is_not_gone_on_with(ranks: Any, tmp_path: Path, what: str) -> None:
+    recipe = replace(tiny.recipe(tmp_path, steps=2), data_dir="elsewhere")
+    tiny.train(ranks(1), recipe, Options(max_steps=1))
+    with pytest.raises(RuntimeError, match=r"UserError: --data-dir elsewhere holds another generated than .*never"):
+        ranks(1).run(with_other, recipe, what)
+    assert tiny.train(ranks(1), recipe)[0]["first_step"] == 1
+
+
+def test_a_zero_file_of_another_stage_is_not_gone_on_with(ranks: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, 1, steps=2)
+    tiny.train(ranks(1), recipe, Options(max_steps=1))
+    Path(recipe.models["resnet"].zero).write_text('{"stage": 2}')
+    with pytest.raises(RuntimeError, match=r"UserError: --models.resnet.zero .* is stage 2 and .* at stage 1: give it"):
+        tiny.train(ranks(1), recipe)

@@ -131,6 +131,10 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("{folder}/none.safetensors", "not a file"),
     ),
     "zero": ((*DIGITS, "--zero-config", "{folder}/zero9.json"), ("--zero-config", "ds_configs/zero0.json")),
+    "bf16": (
+        (*DIGITS, "--models.mobilenetv2.precision", "bf16"),
+        ("--models.mobilenetv2.precision bf16", "BatchNorm", "use autocast"),
+    ),
     "ranks": ((*DIGITS, "--data.many.batch", "7"), ("--data.many.batch 7", "2 ranks", "use 6")),
     "resume, no folder": ((*DIGITS, "--resume", "{folder}/x"), ("--resume {folder}/x", "auto, never or the path")),
     "resume, no checkpoint": ((*DIGITS, "--resume", "{folder}/data"), ("--resume {folder}/data", "no complete")),

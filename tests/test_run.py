@@ -37,7 +37,7 @@ def test_the_run_folder_holds_what_it_promises(ranks: Any, tmp_path: Path) -> No
     tiny.train(ranks(2), recipe)
     folder = run_folder(recipe)
     assert folder == tmp_path / "tiny" / "transfer" / "seed0"
-    names = {"recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export", "result.json"}
+    names = {"recipe.yaml", "data.json", "metrics.jsonl", "tensorboard", "checkpoints", "export", "result.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert options.from_yaml((folder / "recipe.yaml").read_text()) == recipe
 
@@ -69,6 +69,17 @@ def test_the_run_folder_holds_what_it_promises(ranks: Any, tmp_path: Path) -> No
     for name, metrics in result["metrics"].items():
         assert metrics.keys() == {"loss", "top1", "top5"}
         assert {f"{name}/test_{k}": v for k, v in metrics.items()}.items() <= lines[-1].items()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_optimizer_states_may_lie_on_the_cpu_without_a_compiler(ranks: Any, tmp_path: Path, stage: int) -> None:
+    plain, offloaded = (tiny.recipe(tmp_path / name, stage, steps=3) for name in ("plain", "offloaded"))
+    block = {"stage": stage, "offload_optimizer": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
+    Path(offloaded.models["resnet"].zero).write_text(json.dumps(block))
+    one, other = (tiny.train(ranks(2), recipe)[0] for recipe in (plain, offloaded))
+    for name in plain.models:
+        for key, weight in one[name].items():
+            torch.testing.assert_close(weight, other[name][key])
 
 
 def test_every_transfer_is_logged_at_its_own_step_however_seldom_the_log_is_written(ranks: Any, tmp_path: Path) -> None:

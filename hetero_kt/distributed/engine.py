@@ -44,6 +44,8 @@ def build_engine(
         "gradient_clipping": optim.clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # Else optimizer states offloaded to the CPU would take DeepSpeed's own Adam, which has to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
     if precision == "bf16":
