@@ -56,7 +56,7 @@ def measured_bytes(mode: Any) -> tuple[int, int]:
         name: build_engine(m, optim=Optim(), zero=zero(3), micro_batch=8 // dist.get_world_size())
         for name, m in modules.items()
     }
-    exchange = run._exchange(one, engines)
+    exchange = run._exchange(one, list(run._transfers(one, engines).values()))
     loader = run._loaders(one, run.Ranks(dist.get_rank(), dist.get_world_size(), 0, engines["resnet"].device))[0]["d"]
     exchange.propose()
     before = exchange.traffic.bytes
