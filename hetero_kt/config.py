@@ -2,13 +2,22 @@
 
 A launcher's `recipe()` returns one `Recipe`; any field can be overridden on the command line by its path
 (`--models.resnet50.optim.lr 0.05`, see `hetero_kt.run`). Names stand for things that a run builds: a model names
-its data, a transfer names two weights as `model:weight`.
+its data, a transfer names two weights as `model:weight`. A recipe goes to YAML and back without loss (`to_yaml`,
+`from_yaml`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 from hetero_kt.nn.adapter import AdapterConfig
 
@@ -134,3 +143,120 @@ class Recipe:
     log_every: int = 10
     keep: int = 2
     """Checkpoints kept."""
+
+
+# --- recipes as text ---
+
+BOOKKEEPING = frozenset({"data_dir", "output_dir", "log_every", "eval_every", "save_every", "keep"})
+"""Recipe fields that change where a run is kept and how often it is looked at, but none of its numbers."""
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The whole recipe as YAML; `from_yaml` gives back an equal one."""
+    # ASCII only: written as it is, U+0085 (a line break to YAML) would come back as a space.
+    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, allow_unicode=False, width=110)
+
+
+def from_yaml(text: str) -> Recipe:
+    """The recipe of a `recipe.yaml`.
+
+    Raises:
+        ValueError: a field that recipes do not have, a missing one, or a value of the wrong type.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"recipe.yaml is not YAML ({' '.join(str(error).split())}): print one with --print."
+        ) from error
+    return typing.cast(Recipe, _typed(Recipe, content, ""))
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """Paths of the fields that differ between two recipes, as on the command line without the dashes.
+
+    Fields that decide no number of a run (folders, and how often it logs, evaluates or saves) do not count.
+    """
+    ours, theirs = _flat(dataclasses.asdict(a)), _flat(dataclasses.asdict(b))
+    missing = object()
+    return [
+        path
+        for path in dict.fromkeys((*ours, *theirs))
+        if path not in BOOKKEEPING and ours.get(path, missing) != theirs.get(path, missing)
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= _flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
+
+
+def _typed(kind: Any, value: Any, path: str) -> Any:
+    """`value`, as YAML reads it, as the annotation `kind` wants it."""
+    if dataclasses.is_dataclass(kind):
+        return _typed_dataclass(typing.cast(type, kind), value, path)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for one in arguments[:-1]:
+            with contextlib.suppress(ValueError):
+                return _typed(one, value, path)
+        return _typed(arguments[-1], value, path)
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(arguments[1], entry, f"{path}.{key}") for key, entry in value.items()}
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(arguments[0], entry, path) for entry in value)
+    if origin is Literal and value in arguments:
+        return value
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-3 as a string.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    wanted = f"one of {', '.join(map(str, arguments))}" if origin is Literal else _name(kind)
+    raise ValueError(f"recipe.yaml: {path.lstrip('.') or 'the file'} is {value!r}, not {wanted}.")
+
+
+def _typed_dataclass(kind: type, value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"recipe.yaml: {path.lstrip('.') or 'the file'} is {value!r}, not a mapping of {_name(kind)}'s fields."
+        )
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise ValueError(f"recipe.yaml: {f'{path}.{key}'.lstrip('.')} is no field: use {nearest(str(key), hints)}.")
+    fields = dataclasses.fields(kind)
+    for one in fields:
+        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if required and one.name not in value:
+            raise ValueError(f"recipe.yaml: {f'{path}.{one.name}'.lstrip('.')} is missing: add it.")
+    return kind(**{key: _typed(hints[key], entry, f"{path}.{key}") for key, entry in value.items()})
+
+
+def _name(kind: Any) -> str:
+    return str(kind) if isinstance(kind, types.GenericAlias) else getattr(kind, "__name__", str(kind))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Names to choose from, likeliest first: all of a short list, the closest of a long one."""
+    close = difflib.get_close_matches(name, names := list(names), n=4, cutoff=0.4)
+    shown = close + [other for other in names if other not in close]
+    if len(names) > 8:
+        shown = close or shown[:4]
+    if not shown:
+        return "one that exists (there is none yet)"
+    return " or ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hetero_kt import data, models
+from hetero_kt.checks import split_site, zero_block
 from hetero_kt.config import Model, Recipe
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import build_adapter
-from hetero_kt.options import split_site, zero_block
 
 MOMENTS = {"sgd": 1, "adamw": 2}
 

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import nn
 
 from hetero_kt import data, models, plan, report
-from hetero_kt.config import Model, Recipe
+from hetero_kt.checks import check, split_site, zero_block
+from hetero_kt.config import Model, Recipe, differences, from_yaml, to_yaml
 from hetero_kt.distributed import checkpoint, launch
 from hetero_kt.distributed.engine import build_engine, build_schedule
 from hetero_kt.distributed.launch import Ranks, StopSignal
@@ -35,19 +36,7 @@ from hetero_kt.evaluate import evaluate
 from hetero_kt.methods import Diverged, mergenet
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import AdapterConfig
-from hetero_kt.options import (
-    Options,
-    check,
-    differences,
-    from_yaml,
-    leave,
-    parse,
-    runs,
-    split_site,
-    to_yaml,
-    without_local_rank,
-    zero_block,
-)
+from hetero_kt.options import Options, leave, parse, runs, without_local_rank
 from hetero_kt.tasks import classification
 from hetero_kt.trainer import Trainer
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from hetero_kt import options
+from hetero_kt import checks, options
 from hetero_kt.config import Recipe
 from hetero_kt.models import build
 from hetero_kt.nn.reencode import find_weight
@@ -37,7 +37,7 @@ def model(name: str, classes: int) -> nn.Module:
 
 
 def shapes(recipe: Recipe, site: str) -> tuple[int, int]:
-    name, weight = options.split_site(site)
+    name, weight = checks.split_site(site)
     chosen = recipe.models[name]
     classes = 100 if recipe.data[chosen.data].name == "cifar100" else 10
     return find_weight(model(chosen.name, classes), weight).shape

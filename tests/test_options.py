@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetero_kt import options
+from hetero_kt import checks, config, debug, options
 from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
 from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.options import Options
@@ -217,7 +217,7 @@ def test_print_shows_the_recipe_that_would_run(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stop:
         options.parse(VARIANTS, ["--print", "--control", "noise", "--steps", "12"])
     assert stop.value.code == 0
-    printed = options.from_yaml(capsys.readouterr().out)
+    printed = config.from_yaml(capsys.readouterr().out)
     assert (printed.steps, printed.method.control) == (12, "noise")
 
 
@@ -402,7 +402,7 @@ TO = "--method.transfers.to_mobilenetv2"
 )
 def test_wrong_recipes_are_one_sentence(wrong: Recipe, world: int, message: str | None) -> None:
     with pytest.raises(ValueError) as error:
-        options.check(wrong, world)
+        checks.check(wrong, world)
     assert one_sentence(str(error.value))
     if message is None:
         assert str(error.value).startswith("--models.resnet50.name cifar:resnet5 is no model: use cifar:resnet")
@@ -411,21 +411,21 @@ def test_wrong_recipes_are_one_sentence(wrong: Recipe, world: int, message: str 
 
 
 def test_good_recipes_pass() -> None:
-    options.check(recipe(), world=4)
-    options.check(with_model(micro_batch=32), world=2)
-    options.check(with_model(zero="ds_configs/zero0.json", precision="autocast"))
+    checks.check(recipe(), world=4)
+    checks.check(with_model(micro_batch=32), world=2)
+    checks.check(with_model(zero="ds_configs/zero0.json", precision="autocast"))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_shipped_zero_files_hold_the_block_alone(stage: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # relative paths are found beside the package too
-    assert options.zero_block(f"ds_configs/zero{stage}.json")["stage"] == stage
+    assert checks.zero_block(f"ds_configs/zero{stage}.json")["stage"] == stage
 
 
 def test_a_block_may_stand_under_its_name(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
-    assert options.zero_block(str(file)) == {"stage": 3, "stage3_param_persistence_threshold": 0}
+    assert checks.zero_block(str(file)) == {"stage": 3, "stage3_param_persistence_threshold": 0}
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_zero_files_that_hold_something_else(content: str, problem: str, tmp_pat
     file = tmp_path / "zero.json"
     file.write_text(content)
     with pytest.raises(ValueError) as error:
-        options.zero_block(str(file))
+        checks.zero_block(str(file))
     assert str(error.value) == f"--zero-config {file} {problem}"
 
 
@@ -468,7 +468,7 @@ def test_a_zero_file_that_is_not_json(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
     file.write_text('{"stage": 1,}')
     with pytest.raises(ValueError, match=r"is not JSON \(.*\): mend it, or use ds_configs/zero0.json to zero3.json\.$"):
-        options.zero_block(str(file))
+        checks.zero_block(str(file))
 
 
 # --- runs of one start ---
@@ -487,8 +487,8 @@ def test_runs_are_controls_times_seeds() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_shrunk_recipes_are_valid_on_any_number_of_ranks(world: int) -> None:
-    small = options.shrink(with_model(micro_batch=32), world)
-    options.check(small, world)
+    small = debug.shrink(with_model(micro_batch=32), world)
+    checks.check(small, world)
     assert small.steps == 4
     assert small.name == "cifar_debug"
     assert {model.name for model in small.models.values()} == {"cifar:resnet_tiny", "cifar:mobilenetv2_tiny"}
@@ -501,10 +501,10 @@ def test_shrunk_transfers_name_weights_that_exist() -> None:
     from hetero_kt.models import build
     from hetero_kt.nn.reencode import find_weight
 
-    small = options.shrink(recipe())
+    small = debug.shrink(recipe())
     for transfer in small.method.transfers.values():
         for site in (transfer.source, transfer.target):
-            model, weight = options.split_site(site)
+            model, weight = checks.split_site(site)
             ref = find_weight(build(small.models[model].name, 10), weight)
             assert min(ref.shape) >= transfer.rank
     to = small.method.transfers
@@ -519,9 +519,9 @@ def test_two_targets_stay_two_when_shrunk() -> None:
         f"to_{block}": Transfer("mobilenetv2:classifier.weight", f"mobilenetv2:blocks.{block}.conv_pwl.weight")
         for block in ("5.2", "5.1", "1.1")
     }
-    small = options.shrink(replace(base, method=MergeNet(self_transfers)))
+    small = debug.shrink(replace(base, method=MergeNet(self_transfers)))
     assert len({transfer.target for transfer in small.method.transfers.values()}) == 3
-    options.check(small)
+    checks.check(small)
 
 
 def test_debug_only_makes_smaller_and_never_resumes() -> None:
@@ -534,7 +534,7 @@ def test_debug_only_makes_smaller_and_never_resumes() -> None:
 
 def test_a_model_without_a_tiny_form_keeps_its_name() -> None:
     base = with_model(name="timm:vit_tiny_patch16_224")
-    assert options.shrink(base).models["resnet50"].name == "timm:vit_tiny_patch16_224"
+    assert debug.shrink(base).models["resnet50"].name == "timm:vit_tiny_patch16_224"
 
 
 # --- YAML ---
@@ -577,9 +577,9 @@ made_recipes = st.builds(
 @settings(max_examples=40, deadline=None)
 @given(made_recipes)
 def test_yaml_loses_nothing(made: Recipe) -> None:
-    again = options.from_yaml(options.to_yaml(made))
+    again = config.from_yaml(config.to_yaml(made))
     assert again == made
-    assert options.differences(again, made) == []
+    assert config.differences(again, made) == []
 
 
 def test_yaml_written_by_hand_may_leave_out_defaults_and_write_1e_3() -> None:
@@ -590,7 +590,7 @@ data: {d: {batch: 8}}
 method: {transfers: {}}
 steps: 3
 """
-    made = options.from_yaml(text)
+    made = config.from_yaml(text)
     assert made.models["a"].optim == Optim(lr=1e-3)
     assert made.data == {"d": Data(batch=8)}
 
@@ -608,21 +608,21 @@ steps: 3
     ],
 )
 def test_yaml_that_is_no_recipe(old: str, new: str, message: str) -> None:
-    text = options.to_yaml(recipe())
+    text = config.to_yaml(recipe())
     assert old in text
     with pytest.raises(ValueError) as error:
-        options.from_yaml(text.replace(old, new, 1))
+        config.from_yaml(text.replace(old, new, 1))
     assert str(error.value).startswith(message)
 
 
 def test_empty_yaml() -> None:
     with pytest.raises(ValueError, match="the file is None, not a mapping of Recipe's fields"):
-        options.from_yaml("")
+        config.from_yaml("")
 
 
 def test_differences_name_fields_that_decide_numbers() -> None:
     other = replace(with_model(optim=Optim(lr=0.2)), output_dir="x", keep=9, eval_every=5, data_dir="y", log_every=3)
-    assert options.differences(recipe(), other) == ["models.resnet50.optim.lr"]
+    assert config.differences(recipe(), other) == ["models.resnet50.optim.lr"]
     fewer = replace(recipe(), method=MergeNet({}), steps=1)
-    assert "method.transfers.to_resnet50.rank" in options.differences(recipe(), fewer)
-    assert "steps" in options.differences(fewer, recipe())
+    assert "method.transfers.to_resnet50.rank" in config.differences(recipe(), fewer)
+    assert "steps" in config.differences(fewer, recipe())

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_launchers import LAUNCHERS, load
 from tiny import Plan
 
-from hetero_kt import data, models, options
+from hetero_kt import config, data, models
 from hetero_kt import run as running
 from hetero_kt.data import Loader
 from hetero_kt.distributed import launch
@@ -39,7 +39,7 @@ def test_the_run_folder_holds_what_it_promises(ranks: Any, tmp_path: Path) -> No
     assert folder == tmp_path / "tiny" / "transfer" / "seed0"
     names = {"recipe.yaml", "data.json", "metrics.jsonl", "tensorboard", "checkpoints", "export", "result.json"}
     assert {path.name for path in folder.iterdir()} == names
-    assert options.from_yaml((folder / "recipe.yaml").read_text()) == recipe
+    assert config.from_yaml((folder / "recipe.yaml").read_text()) == recipe
 
     lines = tiny.lines(folder)
     assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4], "transfers, losses, metrics"

@@ -1,0 +1,92 @@
+"""`--debug`: any recipe in seconds on one core, with the same methods and code paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from hetero_kt.checks import largest_divisor, split_site
+from hetero_kt.config import Model, Recipe, Transfer
+from hetero_kt.models import build
+from hetero_kt.nn.reencode import list_weights
+
+DEBUG_STEPS = 4
+DEBUG_BATCH = 8
+DEBUG_RANK = 4
+
+TINY = {"resnet": "cifar:resnet_tiny", "mobilenetv2": "cifar:mobilenetv2_tiny"}
+"""The tiny model that stands for a family under `--debug`."""
+
+
+def shrink(recipe: Recipe, world: int = 1) -> Recipe:
+    """`--debug`: the same models' families, methods and code paths, in seconds on one core.
+
+    Tiny models on generated pictures, at most four steps of about eight rows (a multiple of `world`, so that
+    any number of ranks works), ranks of at most four. A weight that the tiny model lacks is replaced by its
+    last one of the same kind, for example the last projection for `blocks.5.2.conv_pwl.weight`.
+    """
+    share = -(-DEBUG_BATCH // world)
+    micro_batch = largest_divisor(share, share // 2) if share > 1 else 0
+    data = {
+        name: replace(entry, name="generated", batch=share * world, per_class=0, validation=0.0, image_size=32)
+        for name, entry in recipe.data.items()
+    }
+    models = {
+        name: replace(
+            model,
+            name=_tiny(model.name),
+            init="",
+            pretrained=False,
+            micro_batch=micro_batch if model.micro_batch else 0,
+        )
+        for name, model in recipe.models.items()
+    }
+    return replace(
+        recipe,
+        name=f"{recipe.name}_debug",
+        models=models,
+        data=data,
+        method=replace(recipe.method, transfers=_tiny_transfers(recipe, models)),
+        steps=min(recipe.steps, DEBUG_STEPS),
+        log_every=1,
+        eval_every=min(recipe.eval_every, DEBUG_STEPS),
+        save_every=min(recipe.save_every, DEBUG_STEPS),
+    )
+
+
+def _tiny(name: str) -> str:
+    return next((tiny for family, tiny in TINY.items() if family in name), name)
+
+
+def _tiny_transfers(recipe: Recipe, models: Mapping[str, Model]) -> dict[str, Transfer]:
+    sites: dict[str, str] = {}
+    for transfer in recipe.method.transfers.values():
+        for option, site in (("source", transfer.source), ("target", transfer.target)):
+            if site not in sites:
+                model, weight = split_site(site, f"--method.transfers: {option}")
+                if model in models and models[model].name != recipe.models[model].name:
+                    taken = {other for known, other in sites.items() if known.startswith(f"{model}:")}
+                    sites[site] = f"{model}:{_tiny_weight(models[model].name, weight, taken, model)}"
+                else:
+                    sites[site] = site
+    return {
+        name: replace(
+            transfer,
+            source=sites[transfer.source],
+            target=sites[transfer.target],
+            cycle=min(transfer.cycle, DEBUG_STEPS // 2),
+            rank=min(transfer.rank, DEBUG_RANK),
+            source_rank=min(transfer.source_rank, DEBUG_RANK),
+        )
+        for name, transfer in recipe.method.transfers.items()
+    }
+
+
+def _tiny_weight(model_name: str, weight: str, taken: set[str], model: str) -> str:
+    names = [info.name for info in list_weights(build(model_name, 10))]
+    if weight in names:
+        return weight
+    kind = weight.split(".")[-2:]
+    alike = [name for name in names if name.split(".")[-2:] == kind and f"{model}:{name}" not in taken]
+    # Without one of its kind the name stays, and the search for the weight complains with the nearest names.
+    return alike[-1] if alike else weight
