@@ -18,7 +18,7 @@ demo: .venv/installed
 	    --compare none noise shuffled --seeds 0 1 2
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

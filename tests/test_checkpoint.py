@@ -18,8 +18,8 @@ from tiny import Plan
 from hetero_kt import data
 from hetero_kt.config import Recipe
 from hetero_kt.distributed import checkpoint
+from hetero_kt.folder import run_folder
 from hetero_kt.options import Options
-from hetero_kt.run import run_folder
 
 
 @pytest.mark.parametrize(("stage", "dropout"), [(0, 0.4), (1, 0.0), (1, 0.4), (2, 0.4), (3, 0.4)])

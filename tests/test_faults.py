@@ -27,11 +27,12 @@ from test_launchers import load
 from tiny import Plan
 
 from hetero_kt import config, models, options
+from hetero_kt import folder as folders
 from hetero_kt import run as running
 from hetero_kt.distributed import checkpoint, launch
 from hetero_kt.distributed.launch import Ranks
+from hetero_kt.folder import run_folder
 from hetero_kt.options import Options
-from hetero_kt.run import run_folder
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launchers" / "cifar_mergenet.py"
 
@@ -252,7 +253,7 @@ def test_all_ranks_go_the_way_of_the_first_where_a_file_system_lags(ranks: Any, 
 def lagging(folder: str) -> tuple[Any, str, str]:
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(running, "finished_steps", lambda _: 10**6)
+            patch.setattr(folders, "finished_steps", lambda _: 10**6)
         return start(["--output-dir", folder, *DIGITS])
 
 

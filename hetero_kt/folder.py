@@ -1,0 +1,193 @@
+"""A run's folder: where it is, what in it may go on, what a finished run leaves in it.
+
+<output_dir>/<recipe>/<control>/seed<k>/
+    recipe.yaml, data.json     what the run is of; a resume has to agree with both
+    metrics.jsonl, tensorboard/, checkpoints/, export/
+    result.json                written last: it marks a finished run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hetero_kt import data
+from hetero_kt.checks import zero_block
+from hetero_kt.config import Recipe, differences, from_yaml, to_yaml
+from hetero_kt.distributed import checkpoint
+from hetero_kt.options import Options, without_local_rank
+from hetero_kt.trainer import Trainer
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where this recipe's run lives."""
+    return Path(recipe.output_dir) / recipe.name / recipe.method.control / f"seed{recipe.seed}"
+
+
+def finished_steps(folder: Path) -> int:
+    """Steps of the finished run in `folder`, 0 if there is none.
+
+    Raises:
+        ValueError: its result.json is damaged.
+    """
+    result = folder / "result.json"
+    try:
+        return int(json.loads(result.read_text())["steps"]) if result.exists() else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{result} cannot be read ({type(error).__name__}): remove it to go on from the last checkpoint."
+        ) from error
+
+
+def look(recipe: Recipe, options: Options, folder: Path, world: int) -> tuple[Path | None, int]:
+    """(checkpoint to go on from, steps of a finished run that is not to be repeated).
+
+    Raises:
+        ValueError: the folder, or the checkpoint asked for, is of another recipe, torn, or of other ranks.
+    """
+    start = _find_start(recipe, options, folder, world)
+    return start, finished_steps(folder) if options.resume == "auto" else 0
+
+
+def _find_start(recipe: Recipe, options: Options, folder: Path, world: int) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start; it, and what lies in the folder, must be of this recipe."""
+    if options.resume == "never":
+        return None
+    _check_same_recipe(recipe, folder, options.resume)
+    path = folder if options.resume == "auto" else Path(options.resume).resolve()
+    found = checkpoint.complete(path / "checkpoints")
+    if found:
+        path = found[-1]
+    elif options.resume == "auto":
+        return None
+    elif not (path / "DONE").exists():
+        raise ValueError(f"--resume {path} holds no complete checkpoint: name a run folder or a checkpoint in it.")
+    checkpoint.check(path, world)
+    _check_same_recipe(recipe, path.parents[1], options.resume)
+    return path
+
+
+def _check_same_recipe(recipe: Recipe, folder: Path, resume: str) -> None:
+    saved = folder / "recipe.yaml"
+    changed = differences(from_yaml(saved.read_text()), recipe) if saved.exists() else []
+    if changed:
+        raise ValueError(
+            f"--resume {resume}: {folder} holds a run of another recipe, which differs in "
+            f"{', '.join(changed[:4])}: use another --output-dir, or --resume never to begin again."
+        )
+
+
+def fingerprint(
+    recipe: Recipe, train: Mapping[str, data.Loader], test: Mapping[str, data.Loader]
+) -> dict[str, dict[str, Any]]:
+    """What a recipe only names: the samples of each data set, and the stage in each model's ZeRO file."""
+    return {
+        "data": {name: [_samples(train[name].images), _samples(test[name].images)] for name in recipe.data},
+        "zero": {name: zero_block(model.zero)["stage"] for name, model in recipe.models.items()},
+    }
+
+
+def _samples(images: data.ImageSet) -> dict[str, int]:
+    """How many there are, and checksums of their labels and of about a hundred pictures."""
+    thinned = images.images[:: max(1, len(images) // 100)]
+    return {
+        "samples": len(images),
+        "labels": zlib.crc32(images.labels.cpu().numpy().tobytes()),
+        "pictures": zlib.crc32(thinned.cpu().contiguous().numpy().tobytes()),
+    }
+
+
+def check_same_data(recipe: Recipe, ours: Mapping[str, Mapping[str, Any]], folder: Path, resume: str) -> None:
+    """Compare `fingerprint` with the one in the folder that a run goes on from.
+
+    Raises:
+        ValueError: other samples, or another ZeRO stage.
+    """
+    file = folder / "data.json"
+    try:
+        theirs = json.loads(file.read_text()) if file.exists() else ours
+        changed = [(kind, name) for kind in ours for name in ours[kind] if theirs[kind][name] != ours[kind][name]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume {resume}: {file} cannot be read: remove it to go on unchecked.") from error
+    for kind, name in changed:
+        if kind == "data":
+            raise ValueError(
+                f"--data-dir {recipe.data_dir} holds another {recipe.data[name].name} than {folder} was trained on: "
+                "name that one's, or use --resume never to begin again."
+            )
+        raise ValueError(
+            f"--models.{name}.zero {recipe.models[name].zero} is stage {ours[kind][name]} and {folder} was trained at "
+            f"stage {theirs[kind][name]}: give it back, or use --resume never to begin again."
+        )
+
+
+def open_folder(recipe: Recipe, options: Options, folder: Path, seen_data: Mapping[str, Any]) -> None:
+    """Make the folder this run's; with --resume never what lay in it goes.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        _clear_and_sign(recipe, options, folder)
+        _write_whole(folder / "data.json", json.dumps(seen_data, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir {recipe.output_dir} cannot be written ({error.strerror}: {error.filename}): name another."
+        ) from error
+
+
+def _clear_and_sign(recipe: Recipe, options: Options, folder: Path) -> None:
+    if options.resume == "never":
+        for name in ("checkpoints", "tensorboard", "export"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)  # of a shorter run: it would mark this one as finished
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(folder / "recipe.yaml", to_yaml(recipe))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """`text` in `path` in one go: a kill leaves the old file or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def write_result(recipe: Recipe, folder: Path, trainer: Trainer, measured: Mapping[str, Any]) -> None:
+    """`result.json`, written last: it marks a finished run."""
+    result = {
+        "recipe": recipe.name,
+        "control": recipe.method.control,
+        "seed": recipe.seed,
+        "steps": trainer.step,
+        "metrics": trainer.metrics,
+        "world_size": trainer.ranks.world,
+        "device": torch.cuda.get_device_name() if trainer.ranks.device.type == "cuda" else "cpu",
+        "zero_stage": {name: zero_block(model.zero)["stage"] for name, model in recipe.models.items()},
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "timm")},
+        "commit": commit(),
+        "command": " ".join([Path(sys.executable).name, sys.argv[0], *without_local_rank(sys.argv[1:])]),
+        **measured,
+    }
+    _write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The checkout's commit, with a + when tracked files were changed; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
