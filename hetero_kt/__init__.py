@@ -1,0 +1,1 @@
+"""Knowledge transfer between models that share nothing: architecture, task, modality. Start reading in `run`."""

@@ -84,7 +84,7 @@ class Exchange:
         ValueError: a site that does not exist or cannot take part, two transfers into one weight, `cycle` < 1.
 
     Every call is collective. Adapters are plain modules, one copy a rank: their inputs are equal on all ranks, and so
-    are their gradients, so that keeping them equal costs no communication.
+    are their gradients, so that nothing has to be reduced. What is written is the first rank's proposal, everywhere.
     """
 
     def __init__(
