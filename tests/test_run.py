@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -232,3 +233,16 @@ def test_profile_writes_a_trace_and_changes_no_number(ranks: Any, tmp_path: Path
     trace = json.loads((run_folder(profiled) / "profile.json").read_text())
     assert any("conv" in str(event.get("name")) for event in trace["traceEvents"])
     tiny.assert_same_end(ends, tiny.train(ranks(1), plain))
+
+
+@pytest.mark.data
+def test_a_launcher_trains_on_real_cifar100(real_data: Path, tmp_path: Path) -> None:
+    launcher = Path(__file__).parents[1] / "launchers" / "cifar_mergenet.py"
+    command = [sys.executable, str(launcher), "--variant", "cpu", "--output-dir", str(tmp_path)]
+    small = ["--data-dir", str(real_data / "mini"), "--data.cifar100.batch", "20", "--steps", "5", "--eval-every", "5"]
+    subprocess.run([*command, *small], check=True, capture_output=True, text=True, timeout=200)
+    result = json.loads((tmp_path / "cifar_mergenet_cpu" / "transfer" / "seed0" / "result.json").read_text())
+    assert result["steps"] == 5
+    for metrics in result["metrics"].values():
+        assert 0 <= metrics["top1"] <= metrics["top5"] <= 100
+        assert 3 < metrics["loss"] < 8, "near the log of a hundred classes"
