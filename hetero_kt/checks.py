@@ -137,10 +137,7 @@ def _check_sites(transfers: Mapping[str, Transfer]) -> None:
                 f"{writers[transfer.target]}: give each transfer a target of its own."
             )
         writers[transfer.target] = name
-        for site, rank in (
-            (transfer.source, transfer.source_rank or transfer.rank),
-            (transfer.target, transfer.rank),
-        ):
+        for site, rank in transfer.sites():
             # `full` and `svd` leave the layer as it is: rank 0 stands for that.
             rank = rank if transfer.mode == "factor" else 0
             other, known = factorised.setdefault(site, (name, rank))

@@ -112,6 +112,10 @@ class Transfer:
     moments: Literal["keep", "reset"] = "keep"
     """Optimizer state of a weight that was just written."""
 
+    def sites(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        """The source and the target, each with its rank."""
+        return (self.source, self.source_rank or self.rank), (self.target, self.rank)
+
 
 @dataclass(frozen=True)
 class MergeNet:

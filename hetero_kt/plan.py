@@ -72,10 +72,7 @@ def transfer_cost(recipe: Recipe, name: str, modules: dict[str, nn.Module]) -> T
     """Cost of the transfer `name`."""
     transfer = recipe.method.transfers[name]
     shapes, gathered = [], []
-    for site, rank in (
-        (transfer.source, transfer.source_rank or transfer.rank),
-        (transfer.target, transfer.rank),
-    ):
+    for site, rank in transfer.sites():
         model, weight = split_site(site)
         reference = reencode.find_weight(modules[model], weight)
         rows, columns = reference.shape

@@ -175,8 +175,8 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
         _check_precision(f"--models.{name}.precision", model.precision, modules[name])
     for label, transfer in recipe.method.transfers.items():
         if transfer.mode == "factor":
-            _factorise(modules, transfer.source, transfer.source_rank or transfer.rank, f"{label}.source")
-            _factorise(modules, transfer.target, transfer.rank, f"{label}.target")
+            for side, (site, rank) in zip(("source", "target"), transfer.sites(), strict=True):
+                _factorise(modules, site, rank, f"{label}.{side}")
     return modules
 
 
@@ -220,12 +220,15 @@ def _transfers(recipe: Recipe, owners: Mapping[str, Any]) -> dict[str, mergenet.
     transfers = {}
     for name, t in recipe.method.transfers.items():
         mode: Literal["svd", "full"] = "svd" if t.mode == "svd" else "full"
-        (source, source_weight), (target, target_weight) = split_site(t.source), split_site(t.target)
+        source, target = (
+            mergenet.Site(owners[model], weight, mode, rank)
+            for (model, weight), rank in ((split_site(site), rank) for site, rank in t.sites())
+        )
         transfers[name] = mergenet.Transfer(
-            mergenet.Site(owners[source], source_weight, mode, t.source_rank or t.rank),
-            mergenet.Site(owners[target], target_weight, mode, t.rank),
+            source,
+            target,
             cycle=t.cycle,
-            adapter=_with_gate(t.adapter, recipe.models[target]),
+            adapter=_with_gate(t.adapter, recipe.models[split_site(t.target)[0]]),
             optim=t.optim,
             schedule=t.schedule,
             update=t.update,

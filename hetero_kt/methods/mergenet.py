@@ -25,7 +25,7 @@ from hetero_kt.distributed import params
 from hetero_kt.distributed.engine import build_optimizer, build_schedule
 from hetero_kt.methods import Diverged
 from hetero_kt.nn import reencode
-from hetero_kt.nn.adapter import Adapter, AdapterConfig, build_adapter
+from hetero_kt.nn.adapter import Adapter, AdapterConfig, build_adapter, standardise
 
 SENSITIVITY_EVERY = 10
 """Transfers between two measurements of source sensitivity, which take two more forwards of the adapter."""
@@ -177,8 +177,18 @@ class Exchange:
             path.load_state_dict(state["paths"][path.name])
 
 
-_Put = Callable[[Tensor, Tensor], Tensor]
-_See = Callable[[Tensor], Tensor]
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A whole weight seen as the matrix that is exchanged, and the ways between the two."""
+
+    matrix: Tensor
+    """(n, m)."""
+    put: Callable[[Tensor, Tensor], Tensor]
+    """(new matrix, whole weight) -> the whole weight with the new matrix in it."""
+    see: Callable[[Tensor], Tensor]
+    """The same weight after a step -> its matrix."""
+    pull: Callable[[Tensor], Tensor]
+    """Gradient of the loss at the whole weight -> at the matrix."""
 
 
 def _named(transfers: Sequence[Transfer]) -> list[Transfer]:
@@ -216,40 +226,30 @@ class _Side:
             reencode.check_rank(site.weight, reference.shape, site.rank)
             self.shape = (site.rank, reference.shape[1])
 
-    def matrix(self, whole: Tensor) -> tuple[Tensor, _Put, _See]:
-        """Of a whole weight: its exchanged matrix (n, m); `put(new, whole)`, the whole weight with a new matrix; and
-        `see(later)`, the exchanged matrix of the same weight after a step."""
+    def view(self, whole: Tensor) -> _View:
+        """`whole` as the matrix that this site exchanges."""
         if self.mode == "factor":
-            return whole, lambda new, _: new, lambda later: later
+            return _View(whole, lambda new, _: new, lambda later: later, lambda gradient: gradient)
         full = reencode.to_matrix(whole, self.part)
         if self.mode == "full":
-            return (
+            return _View(
                 full,
-                lambda new, into: reencode.from_matrix(new, into, self.part),
-                lambda later: reencode.to_matrix(later, self.part),
+                put=lambda new, into: reencode.from_matrix(new, into, self.part),
+                see=lambda later: reencode.to_matrix(later, self.part),
+                pull=lambda gradient: reencode.to_matrix(gradient, self.part),
             )
         b, a, residual = reencode.split_svd(full, self.rank)
-        inverse = torch.linalg.pinv(b)
-        return (
+        return _View(
             a,
-            lambda new, into: reencode.from_matrix(
+            put=lambda new, into: reencode.from_matrix(
                 # W + B (A' - A) = B A' + R, and W to the bit where A' = A
                 reencode.to_matrix(into, self.part) + b @ (new - a).to(b.dtype),
                 into,
                 self.part,
             ),
-            lambda later: inverse @ (reencode.to_matrix(later, self.part) - residual),
+            see=lambda later: torch.linalg.pinv(b) @ (reencode.to_matrix(later, self.part) - residual),
+            pull=lambda gradient: b.mT @ reencode.to_matrix(gradient, self.part),  # dL/dA = B^T dL/dW
         )
-
-    def pull_back(self, gradient: Tensor, whole: Tensor) -> Tensor:
-        """Gradient of the loss at the whole weight -> at the exchanged matrix: dL/dA = B^T dL/dW under `svd`."""
-        if self.mode == "factor":
-            return gradient
-        full = reencode.to_matrix(gradient, self.part)
-        if self.mode == "full":
-            return full
-        b, _, _ = reencode.split_svd(reencode.to_matrix(whole, self.part), self.rank)
-        return b.mT @ full
 
 
 class _Path:
@@ -296,9 +296,9 @@ class _Path:
 
     def propose(self, source: Tensor, target: Tensor, step: int) -> None:
         """Adapt: (whole source, whole target) -> the exchanged matrix's next value, with its graph."""
-        source = self._controlled(self.source.matrix(source.to(self.device))[0])
-        self.whole_before = target
-        self.before, self.put, self.see = self.target.matrix(target)
+        source = self._controlled(self.source.view(source.to(self.device)).matrix)
+        self.view = self.target.view(target)
+        self.before = self.view.matrix
         with seeded(self.seed + step, self.device), torch.enable_grad():
             self.proposal = self._adapt(source)
         with torch.no_grad():
@@ -317,10 +317,8 @@ class _Path:
     def _adapt(self, source: Tensor) -> Tensor:
         if self.adapter is not None:
             return self.adapter(self.before, source)
-        rows = self.before
-        centred = rows - rows.mean(-1, keepdim=True)
-        unit = centred / (rows.std(-1, keepdim=True, correction=0) + 1e-12)
-        config = self.transfer.adapter
+        rows, config = self.before, self.transfer.adapter
+        unit = standardise(rows, dim=1)
         if config.output == "layernorm":
             return unit
         whole = unit * rows.std(correction=0) + rows.mean()
@@ -354,16 +352,16 @@ class _Path:
 
     def written(self, whole: Tensor) -> Tensor:
         """`whole` with this transfer's part replaced, the rest untouched."""
-        return self.put(self.accepted, whole)
+        return self.view.put(self.accepted, whole)
 
     def observe(self, gradient: Tensor) -> None:
-        self.gradient = self.target.pull_back(gradient, self.whole_before)
+        self.gradient = self.view.pull(gradient)
 
     def learn(self, whole_after: Tensor) -> dict[str, Tensor]:
         """One adapter update, phi <- phi - eta (dG/dphi)^T c: where c is the proposal minus where the optimizer took
         it (`lookahead`), or the loss gradient at the proposal (`exact`)."""
         with torch.no_grad():
-            after = self.see(whole_after).to(self.accepted.dtype)
+            after = self.view.see(whole_after).to(self.accepted.dtype)
             moved = self.accepted - after
             change, own = self.accepted - self.before.to(self.accepted.dtype), -moved
             log = {
@@ -382,7 +380,7 @@ class _Path:
             cotangent = moved if self.gradient is None else self.gradient.to(moved.dtype)
             self._update(torch.where(self.finite, cotangent, torch.zeros_like(cotangent)))
         self.gradient = None
-        del self.proposal, self.put, self.see, self.whole_before
+        del self.proposal, self.view
         return log
 
     def _update(self, cotangent: Tensor) -> None:
