@@ -50,19 +50,62 @@ class Schedule:
     gamma: float = 0.2
     warmup: int = 0
     """Optimizer steps of linear warm-up."""
+    warmup_lr: float = 0.0
+    """Where the warm-up starts."""
     min_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class Transform:
+    """timm's own training transform, picture by picture (`timm.data.create_transform`)."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop, as fractions of the picture."""
+    flip: float = 0.5
+    color_jitter: float = 0.0
+    rand_augment: str = ""
+    """RandAugment as timm spells it, `rand-m9-mstd0.5-inc1`; empty leaves it out."""
+    erasing: float = 0.0
+    """Probability of random erasing."""
+    crop_fraction: float = 0.875
+    """Of evaluation: the middle of the picture that is kept."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """timm's mixup and cutmix, within one rank's rows."""
+
+    mixup: float = 0.0
+    """Alpha; 0 does not mix."""
+    cutmix: float = 0.0
+    """Alpha; where both are set, half of the batches take cutmix."""
+    probability: float = 1.0
+    """Fraction of the batches that are mixed."""
 
 
 @dataclass(frozen=True)
 class Data:
     """One data set and the batches drawn from it."""
 
-    name: Literal["cifar100", "digits", "generated"] = "cifar100"
+    name: Literal["cifar100", "digits", "generated", "shards"] = "cifar100"
+    """`shards` are webdataset shards that `hetero-kt shards` has written."""
     batch: int = 128
     """Global batch: rows per optimizer step over all ranks."""
+    folder: str = ""
+    """Of `shards`: the folder with `train/` and `validation/` in it, below the data folder."""
     per_class: int = 0
     """Labelled training samples kept per class; 0 keeps all."""
+    pipeline: Literal["fast", "timm"] = "fast"
+    """`fast` augments whole batches in memory as `augment` says; `timm` each picture as `transform` says."""
     augment: tuple[Literal["crop", "flip", "rotate"], ...] = ("crop", "flip", "rotate")
+    """Of the fast pipeline."""
+    transform: Transform = field(default_factory=Transform)
+    """Of the timm pipeline."""
+    mix: Mix = field(default_factory=Mix)
+    workers: int = 4
+    """Of the timm pipeline: processes per rank that decode and augment; 0 does it between the steps."""
+    corrupt: Literal["skip", "stop"] = "skip"
+    """What a damaged shard or sample does: it is left out, counted and named, or it ends the run."""
     validation: float = 0.0
     """Fraction of the training set held out and evaluated on instead of the test set (for choosing settings)."""
     image_size: int = 32
@@ -88,6 +131,12 @@ class Model:
     """File with DeepSpeed's `zero_optimization` block."""
     micro_batch: int = 0
     """Rows per rank in one forward; 0 takes a rank's whole share. Accumulation follows from it."""
+    label_smoothing: float = 0.0
+    """Of the model's own cross-entropy."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is evaluated and exported too; 0 keeps none."""
+    checkpointing: bool = False
+    """Compute each stage again in the backward instead of keeping its activations (distillation only)."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +173,120 @@ class MergeNet:
     transfers: dict[str, Transfer]
     control: Control = "transfer"
 
+    @property
+    def arm(self) -> str:
+        """Which arm of the experiment this is: the method itself, or one that a gain has to beat."""
+        return self.control
+
+    def with_arm(self, arm: str) -> MergeNet:
+        """The same models and transfers, as another arm."""
+        return dataclasses.replace(self, control=typing.cast(Control, arm))
+
+    def arms(self) -> tuple[str, ...]:
+        """What `arm` may be."""
+        return typing.get_args(Control)
+
+
+Objective = Literal["none", "kd", "ofa", "fitnet", "fbt"]
+"""What a student learns from its teachers: nothing, or the loss of this method."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model that teaches."""
+
+    name: str
+    """What to build: `timm:swin_tiny_patch4_window7_224`, ..."""
+    init: str = ""
+    """Its weights: a safetensors file, a run's folder, or `run:RECIPE` for a run below the output folder."""
+    pretrained: bool = False
+    """timm's published weights instead (needs the hub or its cache)."""
+    image_size: int = 0
+    """Pixels that it sees; 0: as many as the student."""
+    mean: tuple[float, ...] = ()
+    """Of its input, per channel; empty: timm's published one where `pretrained`, else the data's."""
+    std: tuple[float, ...] = ()
+    zero: str = ""
+    """Empty keeps a whole copy on every rank; a ZeRO-3 file shards it (for teachers too large for that)."""
+
+
+@dataclass(frozen=True)
+class KD:
+    """Knowledge distillation (Hinton et al. 2015)."""
+
+    temperature: float = 4.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class OFA:
+    """One-for-all (Hao et al. 2023): the student's stages are led into logits by branches, each of which the teacher
+    teaches."""
+
+    gamma: float = 1.0
+    """1.0 on CIFAR-100, 1.5 on ImageNet."""
+    weight: float = 1.0
+    """Of the branches' terms; the final logits' term has 1."""
+
+
+@dataclass(frozen=True)
+class FitNet:
+    """Feature distillation (Romero et al. 2015) in the four forms of FBT's appendix, Table 4."""
+
+    form: Literal["stages", "final", "pooled", "infonce"] = "infonce"
+    """Squared error of all stages, of the last, of the last pooled; or InfoNCE of the last pooled."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class FBT:
+    """Fuse before transfer (arXiv 2410.12342)."""
+
+    pair: Literal["infonce+ofa", "infonce", "ofa", "kd"] = "infonce+ofa"
+    """L(K_i, K_j), between each two of teacher, student and fused model."""
+    gamma: float = 1.0
+    """Of OFA's loss: 1.0 on CIFAR-100, 1.5 on ImageNet."""
+    terms: tuple[Literal["teacher_student", "teacher_fused", "fused_student"], ...] = (
+        "teacher_student",
+        "teacher_fused",
+        "fused_student",
+    )
+    block: Literal["swin", "vit", "none"] = "swin"
+    """L2G's attention; `none` leaves the patch embedding alone."""
+    last_stage: bool = True
+    """False: the fused model ends behind L2G with the receiving model's classifier alone."""
+    detach: bool = True
+    """The fused model is not trained by what it teaches the student."""
+    fused_labels: bool = False
+    """The fused model learns from hard labels too."""
+    gather: bool = False
+    """InfoNCE's negatives are the pictures of all ranks, not of one."""
+
+
+@dataclass(frozen=True)
+class Distill:
+    """One student learns from frozen teachers, each of which adds its own terms to one loss."""
+
+    teachers: dict[str, Teacher]
+    objective: Objective = "fbt"
+    kd: KD = field(default_factory=KD)
+    ofa: OFA = field(default_factory=OFA)
+    fitnet: FitNet = field(default_factory=FitNet)
+    fbt: FBT = field(default_factory=FBT)
+
+    @property
+    def arm(self) -> str:
+        """Which arm of the experiment this is: the method itself, or one that a gain has to beat."""
+        return self.objective
+
+    def with_arm(self, arm: str) -> Distill:
+        """The same student and teachers, as another arm."""
+        return dataclasses.replace(self, objective=typing.cast(Objective, arm))
+
+    def arms(self) -> tuple[str, ...]:
+        """What `arm` may be."""
+        return typing.get_args(Objective)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -132,7 +295,7 @@ class Recipe:
     name: str
     models: dict[str, Model]
     data: dict[str, Data]
-    method: MergeNet
+    method: MergeNet | Distill
     steps: int
     """Optimizer steps of the whole run; schedules are laid out over them."""
     seed: int = 0
