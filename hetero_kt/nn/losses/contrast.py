@@ -45,7 +45,8 @@ class InfoNCE(nn.Module):
         mapped = student_width != teacher_width
         self.student: nn.Module = Projection(student_width, common, bias=False) if mapped else nn.Identity()
         self.teacher: nn.Module = Projection(teacher_width, common, bias=False) if mapped else nn.Identity()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # Of one element, not of none: DeepSpeed cannot broadcast a scalar.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
         self.gather = gather
 
     def forward(self, student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
