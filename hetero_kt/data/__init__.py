@@ -1,4 +1,4 @@
-"""Data sets by name, in memory, and the loader that draws batches from them."""
+"""Data sets by name, in memory or as shards, and the loaders that draw batches from them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from hetero_kt.data.generated import CLASSES as GENERATED_CLASSES
 from hetero_kt.data.generated import generated
 from hetero_kt.data.images import ImageSet, class_counts, draw_per_class
 from hetero_kt.data.loader import Loader
+from hetero_kt.data.mixing import mixer
+from hetero_kt.data.pictures import InMemory, PictureLoader, Source
 
-__all__ = ["ImageSet", "Loader", "classes", "load"]
+__all__ = ["ImageSet", "Loader", "PictureLoader", "classes", "load", "open_loader"]
 
 _VALIDATION, _SUBSET = (counter.key(0, part) for part in (0, 1))
 
@@ -32,26 +34,56 @@ def load(config: Data, data_dir: str = "", *, train: bool) -> ImageSet:
 
     Raises ValueError for data that is missing or damaged, and for a subset that it cannot fill.
     """
-    validating = config.validation > 0
-    images = _read(config, data_dir, train or validating)
-    if validating:
-        held_out = _held_out(images, config)
-        images = images.take(~held_out if train else held_out)
-    if train and config.per_class:
-        fewest = int(class_counts(images).min())
-        if config.per_class > fewest:
-            raise ValueError(
-                f"data {config.name}: per_class is {config.per_class}, but a class has only {fewest} samples:"
-                f" use at most {fewest}, or 0 for all"
-            )
-        wanted = torch.full((images.classes,), config.per_class)
-        images = images.take(draw_per_class(images.labels, wanted, _SUBSET))
-    return images.resized(config.image_size)
+    return _load(config, data_dir, train).resized(config.image_size)
 
 
-def classes(config: Data) -> int:
-    """Classes of a data set, known before it is read."""
+def open_loader(
+    config: Data,
+    data_dir: str = "",
+    *,
+    train: bool,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+) -> Loader | PictureLoader:
+    """What draws the batches of a data set, for training or for evaluation: `Loader` for the fast pipeline,
+    `PictureLoader` for timm's. Which samples there are is the same in every run, as for `load`.
+
+    Raises:
+        ValueError: data that is missing or damaged, or settings that do not fit it or each other.
+    """
+    rows = config.batch // world
+    mix = mixer(config.mix, classes(config, data_dir), rows, seed, rank) if train else None
+    if config.pipeline == "fast":
+        if config.name == "shards":
+            raise ValueError("data shards: the fast pipeline augments in memory: use --data.NAME.pipeline timm")
+        images = load(config, data_dir, train=train)
+        return Loader(images, config.batch, seed, config.augment if train else (), rank, world, device, mix)
+    source: Source = InMemory(_load(config, data_dir, train))
+    return PictureLoader(
+        source,
+        config.batch,
+        seed,
+        config.transform,
+        config.image_size,
+        rank,
+        world,
+        device,
+        workers=config.workers,
+        corrupt=config.corrupt,
+        mixer=mix,
+    )
+
+
+def classes(config: Data, data_dir: str = "") -> int:
+    """Classes of a data set, known before it is read. Raises ValueError for shards without an index."""
     return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES}[config.name]
+
+
+def _load(config: Data, data_dir: str, train: bool) -> ImageSet:
+    images = _read(config, data_dir, train or config.validation > 0)
+    return images.take(_chosen(images.labels, images.classes, config, train))
 
 
 def _read(config: Data, data_dir: str, train: bool) -> ImageSet:
@@ -62,11 +94,24 @@ def _read(config: Data, data_dir: str, train: bool) -> ImageSet:
     return cifar100(data_dir or os.environ.get("HETERO_KT_DATA") or "data", train)
 
 
-def _held_out(images: ImageSet, config: Data) -> torch.Tensor:
-    counts = (class_counts(images) * config.validation).round().long()
-    if not 0 < int(counts.sum()) < len(images):
-        raise ValueError(
-            f"data {config.name}: validation {config.validation} leaves nothing to train or to evaluate on:"
-            f" use 0.1, for example"
-        )
-    return draw_per_class(images.labels, counts, _VALIDATION)
+def _chosen(labels: torch.Tensor, classes: int, config: Data, train: bool) -> torch.Tensor:
+    """Rows (S,), int64, of the samples that `validation` and `per_class` leave of a set, in their order."""
+    rows = torch.arange(len(labels))
+    if config.validation > 0:
+        counts = (class_counts(labels, classes) * config.validation).round().long()
+        if not 0 < int(counts.sum()) < len(labels):
+            raise ValueError(
+                f"data {config.name}: validation {config.validation} leaves nothing to train or to evaluate on:"
+                f" use 0.1, for example"
+            )
+        held_out = draw_per_class(labels, counts, _VALIDATION)
+        rows = rows[~held_out if train else held_out]
+    if train and config.per_class:
+        fewest = int(class_counts(labels[rows], classes).min())
+        if config.per_class > fewest:
+            raise ValueError(
+                f"data {config.name}: per_class is {config.per_class}, but a class has only {fewest} samples:"
+                f" use at most {fewest}, or 0 for all"
+            )
+        rows = rows[draw_per_class(labels[rows], torch.full((classes,), config.per_class), _SUBSET)]
+    return rows

@@ -22,7 +22,7 @@ def digits(train: bool) -> ImageSet:
     grey = torch.from_numpy(bundled.images) * (255 / 16)  # pixels are counts from 0 to 16
     images = grey.round().to(torch.uint8).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
     everything = ImageSet(images, torch.from_numpy(bundled.target).long(), 10, (), (), "digits")
-    counts = (class_counts(everything) * _TEST_FRACTION).round().long()
+    counts = (class_counts(everything.labels, 10) * _TEST_FRACTION).round().long()
     test = draw_per_class(everything.labels, counts, _KEY)
     mean, std = channel_statistics(images[~test])
     part = everything.take(~test if train else test)

@@ -30,7 +30,7 @@ class ImageSet:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> ImageSet:
-        """The samples where `rows` (S,), bool, is true, in their order."""
+        """The samples at `rows`: where (S,), bool, is true, or by number."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def resized(self, size: int) -> ImageSet:
@@ -64,6 +64,6 @@ def draw_per_class(labels: Tensor, counts: Tensor, key: int) -> Tensor:
     return chosen
 
 
-def class_counts(images: ImageSet) -> Tensor:
+def class_counts(labels: Tensor, classes: int) -> Tensor:
     """Samples of each class, (classes,)."""
-    return torch.from_numpy(np.bincount(images.labels.numpy(), minlength=images.classes))
+    return torch.from_numpy(np.bincount(labels.numpy(), minlength=classes))

@@ -5,9 +5,10 @@ Shape suffixes: B rows of this rank, S samples of the set, H x W pixels, P = H *
 
 from __future__ import annotations
 
-import math
+import zlib
 from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from hetero_kt.data import counter
 from hetero_kt.data.images import ImageSet
+from hetero_kt.data.mixing import Mixer
+from hetero_kt.data.order import Order
 
-_ORDER, _AUGMENT = 0, 1
+_AUGMENT = 1
 _PAD = 4  # pixels that `crop` may shift a picture by, each way
 _DEGREES = 15
 _ANGLES = 301  # steps of 0.1 degrees
@@ -24,11 +27,7 @@ AUGMENTATIONS = ("crop", "flip", "rotate")
 
 
 class Loader:
-    """One rank's share of the global batches.
-
-    An epoch is a permutation of the samples, decided by (seed, epoch); step k takes the k-th `batch` of them,
-    and what does not fill a batch at an epoch's end is left out. A set smaller than one batch repeats:
-    permutations are joined end to end. Rank r takes rows r, r + world, ... of the global batch.
+    """One rank's share of the global batches of a set in memory, in the order of `Order`, augmented as whole batches.
 
     `crop` shifts by up to 4 pixels, `flip` mirrors half of the pictures, `rotate` turns by up to 15 degrees,
     in that order; what comes in from outside is black, pixels are copied and never blended. What happens to
@@ -44,25 +43,24 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
+        mixer: Mixer | None = None,
     ) -> None:
-        """`batch` counts the rows of all ranks together.
+        """`batch` counts the rows of all ranks together; with a `mixer`, labels are soft.
 
         Raises ValueError for an empty set, a batch that does not divide over the ranks, and an unknown
         augmentation.
         """
-        if not len(images):
-            raise ValueError(f"{images.name} has no samples")
-        if batch < 1 or batch % world:
-            raise ValueError(f"batch {batch} does not divide over {world} ranks: use a multiple of {world}")
+        self.order = Order(images.name, len(images), batch, seed, rank, world)
         unknown = [name for name in augment if name not in AUGMENTATIONS]
         if unknown:
             raise ValueError(f"augment {unknown[0]!r} is unknown: use any of {', '.join(AUGMENTATIONS)}")
         self.images = images
-        self.global_batch = batch
+        self.samples, self.classes, self.name = len(images), images.classes, images.name
+        self.mean, self.std = images.mean, images.std
+        self.global_batch, self.steps_per_epoch = batch, self.order.steps_per_epoch
         self.seed, self.augment, self.rank, self.world = seed, tuple(augment), rank, world
         self.device = torch.device(device)
-        self.steps_per_epoch = max(1, len(images) // batch)
-        """Steps in which every sample is seen (nearly) once; 1 for a set smaller than a batch."""
+        self._mixer = mixer
 
         self._height, self._width = images.images.shape[1:3]
         pixels = self._height * self._width
@@ -77,50 +75,41 @@ class Loader:
             shifts, turns = _shift_table(self._height, self._width), _turn_table(self._height, self._width)
             self._shifts_table = torch.from_numpy(shifts).to(self.device)
             self._turns_table = torch.from_numpy(turns).to(self.device)
-        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This rank's rows of the global batch of `step`: pictures (B, C, H, W) and labels (B,).
+        """This rank's rows of the global batch of `step`: pictures (B, C, H, W) and labels (B,), or (B, K) where mixed.
 
         Pictures are float32 and normalised to zero mean and unit deviation over the training set; in memory
         they lie channels last, which convolutions on a CPU compute faster.
         """
-        epochs_B, samples_B = self._rows(step)
-        return self._pictures(samples_B, epochs_B), self._labels(samples_B)
+        epochs_B, samples_B = self.order.rows(step)
+        pictures, labels = self._pictures(samples_B, epochs_B), self._labels(samples_B)
+        return self._mixer(pictures, labels, step) if self._mixer else (pictures, labels)
 
     def eval_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's share of every sample exactly once, not augmented: pictures, labels and weights (B,).
 
-        Every rank yields equally many batches of equal size, at most `batch` rows each, since under ZeRO-3
-        ranks must run the same forwards; rows that fill up have weight 0, all others 1.
+        Every rank yields equally many batches of equal size, at most `batch` rows each; rows that fill up have
+        weight 0, all others 1.
         """
-        share = math.ceil(len(self.images) / self.world)
-        batches = math.ceil(share / batch)
-        size = math.ceil(share / batches)
-        for first in range(0, batches * size, size):
-            positions = np.arange(first, first + size) * self.world + self.rank
-            real = positions < len(self.images)
-            samples_B = np.where(real, positions, 0)
-            weight_B = torch.from_numpy(real).float().to(self.device)
+        for samples_B, counts_B in self.order.in_turn(batch):
+            weight_B = torch.from_numpy(counts_B).float().to(self.device)
             yield self._pictures(samples_B, None), self._labels(samples_B), weight_B
 
-    def _draw_permutation(self, epoch: int) -> np.ndarray:
-        return counter.permutation(counter.key(self.seed, _ORDER, epoch), len(self.images))
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this set from another: how many samples, checksums of their labels and of about a hundred."""
+        return fingerprint(self.images)
 
-    def _rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Epoch (B,) and sample (B,) of this rank's rows."""
-        size = len(self.images)
-        if self.global_batch <= size:
-            epoch, within = divmod(step, self.steps_per_epoch)
-            positions = within * self.global_batch + np.arange(self.rank, self.global_batch, self.world)
-            return np.full(len(positions), epoch), self._permutation(epoch)[positions]
-        positions = step * self.global_batch + np.arange(self.rank, self.global_batch, self.world)
-        epochs, places = np.divmod(positions, size)
-        samples = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            samples[here] = self._permutation(epoch)[places[here]]
-        return epochs, samples
+    def notices(self) -> list[str]:
+        """What was left out since the start: nothing, in memory."""
+        return []
+
+    def throughput(self) -> dict[str, float]:
+        """Nothing: whole batches are augmented in the step itself."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def _labels(self, samples_B: np.ndarray) -> Tensor:
         return self._labels_S[torch.from_numpy(samples_B).to(self.device)]
@@ -155,6 +144,16 @@ class Loader:
         turn_B = counter.below(random, _ANGLES, first=33, width=24)
         turned = self._turns_table.index_select(0, torch.from_numpy(turn_B).to(self.device))
         return moved.gather(1, turned.long()).long()
+
+
+def fingerprint(images: ImageSet) -> dict[str, Any]:
+    """How many samples there are, and checksums of their labels and of about a hundred pictures."""
+    thinned = images.images[:: max(1, len(images) // 100)]
+    return {
+        "samples": len(images),
+        "labels": zlib.crc32(images.labels.cpu().numpy().tobytes()),
+        "pictures": zlib.crc32(thinned.cpu().contiguous().numpy().tobytes()),
+    }
 
 
 @cache

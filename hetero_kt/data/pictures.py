@@ -1,0 +1,360 @@
+"""Batches of pictures that are decoded and augmented one by one, by timm's own transforms, in worker processes.
+
+Shape suffix: B rows of this rank.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hetero_kt.config import Transform
+from hetero_kt.data import counter
+from hetero_kt.data.images import ImageSet
+from hetero_kt.data.loader import fingerprint
+from hetero_kt.data.mixing import Mixer
+from hetero_kt.data.order import Order
+from hetero_kt.data.workers import Stream, usable
+
+_AUGMENT, _REPLACE = 3, 4
+_REPLACEMENTS = 32  # samples tried in a damaged one's place before the set counts as lost
+
+
+class Damaged(Exception):
+    """A sample that cannot be read, and why, without a full stop."""
+
+
+class Source(Protocol):
+    """Labelled pictures, read one at a time and from any process."""
+
+    name: str
+    labels: np.ndarray
+    """(S,), int64."""
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def picture(self, sample: int) -> Image.Image:
+        """One sample in RGB. Raises Damaged."""
+
+    def place(self, sample: int) -> str:
+        """The file that holds the sample, as messages name it."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this set from another."""
+
+    def notices(self) -> list[str]:
+        """What was left out when the set was opened."""
+
+
+class InMemory:
+    """An `ImageSet` as a source; its pictures keep their size."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.name, self.classes, self.mean, self.std = images.name, images.classes, images.mean, images.std
+        # On the way to a worker a tensor's memory moves into shared memory, and a view by numpy would be left behind.
+        self.labels = images.labels.numpy().copy()
+        self._images = images.images
+        self._fingerprint = fingerprint(images)
+
+    def picture(self, sample: int) -> Image.Image:
+        return Image.fromarray(self._images[sample].numpy())
+
+    def place(self, sample: int) -> str:
+        return self.name
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._fingerprint
+
+    def notices(self) -> list[str]:
+        return []
+
+
+class PictureLoader:
+    """One rank's share of the global batches of a source, in the order of `Order`, each picture transformed by timm.
+
+    What happens to a sample is decided by (seed, epoch, sample): ranks, batches and workers do not matter. The
+    position is the step alone: any step may be asked for, and consecutive ones are prepared ahead.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch: int,
+        seed: int,
+        transform: Transform,
+        image_size: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        *,
+        workers: int = 0,
+        corrupt: Literal["skip", "stop"] = "skip",
+        mixer: Mixer | None = None,
+    ) -> None:
+        """`batch` counts the rows of all ranks together; `workers` are this rank's processes, 0 decodes in the step;
+        with a `mixer`, labels are soft.
+
+        Raises:
+            ValueError: an empty set, a batch that does not divide over the ranks, a transform that timm refuses.
+        """
+        self.order = Order(source.name, len(source.labels), batch, seed, rank, world)
+        self.samples, self.classes, self.name = len(source.labels), source.classes, source.name
+        self.mean, self.std = source.mean, source.std
+        self.global_batch, self.steps_per_epoch = batch, self.order.steps_per_epoch
+        self.device = torch.device(device)
+        self._source, self._corrupt, self._mixer = source, corrupt, mixer
+        self._image_size, self._workers = image_size, workers
+        augmented, plain = (_transform(transform, image_size, source, training) for training in (True, False))
+        self._train = _Decoding(source, augmented, image_size, seed, replacing=True)
+        self._eval = _Decoding(source, plain, image_size, seed, replacing=False)
+        self._stream: Stream | None = None
+        self._bad: dict[int, str] = {}
+        self._deaths = 0
+        self._busy, self._decoded, self._waited, self._steps = 0.0, 0, 0.0, 0
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's rows of the global batch of `step`: pictures (B, C, H, W) and labels (B,), or (B, K) where mixed.
+
+        Pictures are float32, normalised by the set's mean and deviation, channels last in memory. A sample that
+        cannot be read is replaced by another one.
+
+        Raises:
+            ValueError: a damaged sample, where those are to end the run, or no sound one to replace it.
+        """
+        started = time.perf_counter()
+        if self._stream is None or self._stream.position != step:
+            self.close()
+            self._stream = self._open(self._train, self._task, step, None, self.global_batch // self.order.world)
+        drawn: _Drawn = next(self._stream)
+        self._waited += time.perf_counter() - started
+        self._steps += 1
+        self._note(drawn)
+        pictures, labels = self._move(drawn.pictures), self._move(drawn.labels)
+        return self._mixer(pictures, labels, step) if self._mixer else (pictures, labels)
+
+    def eval_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's share of every sample exactly once, not augmented: pictures, labels and weights (B,).
+
+        Every rank yields equally many batches of equal size, at most `batch` rows each; rows that fill up, and
+        samples that cannot be read, have weight 0, all others 1.
+
+        Raises:
+            ValueError: a damaged sample, where those are to end the run.
+        """
+        rows = list(self.order.in_turn(batch))
+        stream = self._open(self._eval, lambda k: _Task(rows[k][0], None), 0, len(rows), len(rows[0][0]))
+        try:
+            for (samples_B, counts_B), drawn in zip(rows, stream, strict=True):
+                self._note(drawn)
+                sound_B = ~np.isin(samples_B, [sample for sample, _ in drawn.bad])
+                weight_B = torch.from_numpy(counts_B & sound_B).float()
+                yield self._move(drawn.pictures), self._move(drawn.labels), self._move(weight_B)
+        finally:
+            stream.close()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this set from another."""
+        return self._source.fingerprint()
+
+    def notices(self) -> list[str]:
+        """What was left out on this rank since the start, by file, and how often workers were lost; a sentence each."""
+        damaged: dict[str, list[str]] = defaultdict(list)
+        for sample, reason in sorted(self._bad.items()):
+            damaged[self._source.place(sample)].append(reason)
+        texts = [
+            f"{place}: {len(reasons)} damaged picture{'s' * (len(reasons) > 1)} left out ({_shortened(reasons)})."
+            for place, reasons in damaged.items()
+        ]
+        deaths = self._deaths + (self._stream.restarts if self._stream else 0)
+        lost = [f"{self.name}: the worker processes were killed and started again {deaths} times."] if deaths else []
+        return self._source.notices() + texts + lost
+
+    def throughput(self) -> dict[str, float]:
+        """Of this rank since the last call: `decoded`, pictures per second that its workers can decode and augment
+        between them, and `waiting`, seconds per step that the trainer stood still for them. Empty without a step."""
+        if not self._steps:
+            return {}
+        processes = max(1, self._stream.workers if self._stream else 0)
+        measured = {"decoded": processes * self._decoded / self._busy, "waiting": self._waited / self._steps}
+        self._busy, self._decoded, self._waited, self._steps = 0.0, 0, 0.0, 0
+        return measured
+
+    def close(self) -> None:
+        """End the workers; a later batch starts others."""
+        if self._stream:
+            self._stream.close()
+            self._deaths += self._stream.restarts
+            self._stream = None
+
+    def _task(self, step: int) -> _Task:
+        epochs_B, samples_B = self.order.rows(step)
+        return _Task(samples_B, epochs_B)
+
+    def _open(
+        self, decoding: _Decoding, tasks: Callable[[int], _Task], first: int, last: int | None, rows: int
+    ) -> Stream:
+        result_bytes = rows * 3 * self._image_size**2 * 4
+        workers = usable(min(self._workers, (last or self._workers)), result_bytes)
+        return Stream(decoding, tasks, first, last, workers, pin=self.device.type == "cuda")
+
+    def _note(self, drawn: _Drawn) -> None:
+        self._busy += drawn.seconds
+        self._decoded += len(drawn.labels)
+        for sample, reason in drawn.bad:
+            if self._corrupt == "stop":
+                raise ValueError(
+                    f"{self._source.place(sample)}: {reason}: write it again, or leave damaged pictures out "
+                    "with corrupt skip."
+                )
+            self._bad[sample] = reason
+        if drawn.lost:
+            raise ValueError(
+                f"{self.name}: {_REPLACEMENTS} samples one after the other cannot be read ({drawn.bad[-1][1]}): "
+                "write the shards again."
+            )
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+class _Task(NamedTuple):
+    """What to decode."""
+
+    samples_B: np.ndarray
+    epochs_B: np.ndarray | None
+    """Which epoch's augmentation; None does not augment."""
+
+
+class _Drawn(NamedTuple):
+    """What became of a task."""
+
+    pictures: Tensor
+    labels: Tensor
+    bad: list[tuple[int, str]]
+    """Samples that could not be read, and why."""
+    lost: bool
+    """A damaged sample found no replacement."""
+    seconds: float
+
+
+class _Decoding(Dataset[_Drawn]):
+    """Tasks to batches, in whatever process: what it draws depends on the task alone."""
+
+    def __init__(
+        self, source: Source, transform: Callable[[Image.Image], Tensor], image_size: int, seed: int, replacing: bool
+    ) -> None:
+        self._source, self._transform, self._seed, self._replacing = source, transform, seed, replacing
+        self._image_size = image_size
+
+    def __getitem__(self, task: _Task) -> _Drawn:
+        started = time.perf_counter()
+        rows, size = len(task.samples_B), self._image_size
+        pictures = torch.zeros(rows, 3, size, size).contiguous(memory_format=torch.channels_last)
+        used_B = task.samples_B.copy()
+        bad: list[tuple[int, str]] = []
+        lost = False
+        with _randomness_kept():
+            for row, sample in enumerate(task.samples_B.tolist()):
+                if task.epochs_B is not None:
+                    _seed(counter.key(self._seed, _AUGMENT, int(task.epochs_B[row]), sample))
+                for candidate in self._candidates(sample):
+                    try:
+                        picture = self._source.picture(candidate)
+                    except Damaged as error:
+                        bad.append((candidate, str(error)))
+                        continue
+                    pictures[row] = self._transform(picture)
+                    used_B[row] = candidate
+                    break
+                else:
+                    lost |= self._replacing
+        labels = torch.from_numpy(self._source.labels[used_B])
+        return _Drawn(pictures, labels, bad, lost, time.perf_counter() - started)
+
+    def _candidates(self, sample: int) -> Iterator[int]:
+        """The sample, then those that may stand in for it, the same ones in every run."""
+        yield sample
+        if self._replacing:
+            key, size = counter.key(_REPLACE, sample), len(self._source.labels)
+            yield from counter.below(counter.bits(key, np.arange(_REPLACEMENTS)), size, width=32).tolist()
+
+
+@contextmanager
+def _randomness_kept() -> Iterator[None]:
+    """timm and torchvision draw from the three global generators; afterwards they are as before."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def _seed(key: int) -> None:
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(key)  # torch.manual_seed would seed all GPUs too, at a great cost
+
+
+def _transform(
+    transform: Transform, image_size: int, source: Source, training: bool
+) -> Callable[[Image.Image], Tensor]:
+    """timm's transform from an RGB picture to (3, H, W), float32. Raises ValueError for settings that timm refuses."""
+    if not 0 < transform.scale[0] <= transform.scale[-1] <= 1 or len(transform.scale) != 2:
+        raise ValueError(f"transform.scale is {transform.scale}: use two fractions of the picture, like 0.08 1.0")
+    if not 0 < transform.crop_fraction <= 1:
+        raise ValueError(f"transform.crop_fraction is {transform.crop_fraction}: use a fraction, like 0.875")
+    for name in ("flip", "erasing"):
+        if not 0 <= getattr(transform, name) <= 1:
+            raise ValueError(f"transform.{name} is {getattr(transform, name)}: use a probability from 0 to 1")
+    if transform.rand_augment and not transform.rand_augment.startswith("rand-"):
+        raise ValueError(
+            f"transform.rand_augment {transform.rand_augment!r} is not timm's spelling: use rand-m9-mstd0.5-inc1"
+        )
+    try:
+        made: Callable[[Image.Image], Tensor] = create_transform(
+            image_size,
+            is_training=training,
+            scale=transform.scale,
+            hflip=transform.flip,
+            color_jitter=transform.color_jitter or None,  # type: ignore[arg-type]
+            auto_augment=transform.rand_augment or None,
+            re_prob=transform.erasing,
+            re_mode="pixel",
+            interpolation="bicubic",
+            mean=source.mean,
+            std=source.std,
+            crop_pct=transform.crop_fraction,
+        )
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"transform: timm refuses rand_augment {transform.rand_augment!r} or color_jitter "
+            f"{transform.color_jitter} ({type(error).__name__} {error}): use rand-m9-mstd0.5-inc1 and 0.4, for example"
+        ) from error
+    for step in getattr(made, "transforms", []):
+        for op in getattr(step, "ops", []):
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = _posterize
+    return made
+
+
+def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm asks for 0 bits at the largest magnitude: a black picture, which Pillow gave until it came to refuse it."""
+    return auto_augment.posterize(picture, bits) if bits else Image.new(picture.mode, picture.size)
+
+
+def _shortened(reasons: list[str]) -> str:
+    return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")

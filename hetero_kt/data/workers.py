@@ -1,0 +1,169 @@
+"""Worker processes that prepare batches ahead of the trainer.
+
+Workers are forked from a server process of their own (`forkserver`). A fork of the trainer itself would copy locks
+that its OpenMP, gloo and CUDA threads hold at that moment, and hang or crash sooner or later; fresh interpreters
+(`spawn`) would each import torch and timm again, three seconds of a core. The server imports them once per trainer,
+has one thread and no CUDA, and then forks a worker in milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.popen_forkserver import Popen
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+_PRELOADED = ["torch", "timm.data", "hetero_kt.data.pictures"]
+_AHEAD = 2  # batches that each worker prepares ahead
+_DEATHS = 3  # in a row; a worker that dies so often dies of its work
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class Stream:
+    """Results of `work` for tasks first, first + 1, ..., in this order, computed by worker processes ahead of time.
+
+    Which worker computes what does not matter to the results. Workers that were killed (for want of memory, or by a
+    signal to the whole process group) are started again at the task that is due.
+    """
+
+    def __init__(
+        self, work: Dataset[Any], tasks: Callable[[int], Any], first: int, last: int | None, workers: int, pin: bool
+    ) -> None:
+        """`tasks(k)` is what `work[...]` is asked for as result k, up to `last` (excluded). Without `workers` it is
+        computed here, when it is due. `pin` puts the tensors of results into page-locked memory."""
+        self.position, self.restarts, self.workers = first, 0, workers
+        self._last = last
+        self._options: dict[str, Any] = {
+            "dataset": work,
+            "batch_size": None,  # a task is a whole batch
+            "collate_fn": _as_it_is,
+            "pin_memory": pin,
+        }
+        if workers:
+            self._options |= {
+                "num_workers": workers,
+                "prefetch_factor": _AHEAD,
+                "worker_init_fn": _begin,
+                "multiprocessing_context": _context,
+            }
+        self._tasks = tasks
+        self._results: Iterator[Any] | None = None
+
+    def __next__(self) -> Any:
+        """The next result; StopIteration behind the last. What `work` raises is raised here."""
+        for deaths in range(_DEATHS):
+            try:
+                if self._results is None:
+                    self._results = self._start()
+                result = next(self._results)
+                self.position += 1
+                return result
+            except (RuntimeError, OSError, EOFError) as error:
+                # A dead worker shows as either: of its queue, or of the socket behind a tensor that it has sent.
+                self.close()
+                lost = isinstance(error, OSError | EOFError) or "exited unexpectedly" in str(error)
+                if not lost or deaths == _DEATHS - 1:
+                    raise
+                self.restarts += 1
+        raise AssertionError
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def close(self) -> None:
+        """End the workers."""
+        self._results = None  # its finaliser ends them
+
+    def _start(self) -> Iterator[Any]:
+        # A generator of its own: without one, the loader would draw from the trainer's.
+        loader = DataLoader(sampler=_Tasks(self), generator=torch.Generator(), **self._options)
+        with _sheltered():
+            return iter(loader)
+
+    def pending(self) -> Iterator[Any]:
+        """Tasks that have not been delivered."""
+        position = self.position
+        while self._last is None or position < self._last:
+            yield self._tasks(position)
+            position += 1
+
+
+class _Tasks:
+    """The stream's tasks as a sampler; the trainer's process runs it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._pending = stream.pending()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._pending
+
+
+def usable(workers: int, result_bytes: int) -> int:
+    """How many of the `workers` can be started here, each with its results ahead in shared memory.
+
+    0 in a daemonic process, which may start none, and where not even one worker's results fit: containers often
+    have no more than 64 MB of shared memory, and a process that writes beyond it is killed.
+    """
+    if multiprocessing.current_process().daemon:
+        return 0
+    if workers and _SHARED_MEMORY.is_dir():
+        share = shutil.disk_usage(_SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(workers, share // (2 * (_AHEAD + 1) * result_bytes))
+    return workers
+
+
+class _Worker(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> Popen:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+        with _main_hidden():
+            return Popen(process_obj)
+
+
+class _Context(ForkServerContext):
+    Process = _Worker  # type: ignore[assignment]
+
+
+_context = _Context()
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """A child would import the trainer's script again: all of DeepSpeed, or a second run if the script does not
+    guard its main call. Workers need nothing from it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextmanager
+def _sheltered() -> Iterator[None]:
+    """Processes started inside do not hear of signals to the whole group that mean the trainer: USR1 (save, the time
+    is up) and INT. They inherit the mask. TERM still ends them, and they end with the trainer."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
