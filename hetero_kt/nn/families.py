@@ -175,6 +175,7 @@ class _Beit(_Isotropic):
         return model.pos_drop(x_BLC)
 
     def run(self, model: Any, part: Sequence[nn.Module], x: Tensor) -> Tensor:
+        # Once per stage: a stage runs alone, too. It changes the bias's gradient by rounding only.
         shared = model.rel_pos_bias() if model.rel_pos_bias is not None else None
         for block in part:
             x = block(x, shared_rel_pos_bias=shared)

@@ -141,13 +141,14 @@ class Stages:
     def _probe(self, image_size: int) -> tuple[list[Tensor], Tensor]:
         """The features and the pooled feature of a picture; checks that stages and model agree on it."""
         parameter = next(self.model.parameters())
-        x = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+        ramp = torch.linspace(-1, 1, 3 * image_size**2, device=parameter.device, dtype=parameter.dtype)
+        x = ramp.view(1, 3, image_size, image_size)
         with _evaluating(self.model), torch.no_grad():
             expected_BK = self.model(x)
             answer = self.forward(x, features=True)
         if answer["pooled"].ndim != 2 or expected_BK.ndim != 2:
             raise ValueError("it does not pool its features: build it with a global_pool")
-        if not torch.allclose(answer["logits"], expected_BK):
+        if not torch.allclose(answer["logits"], expected_BK, equal_nan=True):
             raise ValueError("its own forward does more than its family's")
         return answer["stages"], answer["pooled"]
 
@@ -155,7 +156,7 @@ class Stages:
 def split(model: nn.Module, image_size: int) -> Stages:
     """The stages of a model, for square pictures of `image_size` pixels.
 
-    Runs one black picture through the model, in eval mode; modes, statistics and random state stay as they
+    Runs one picture through the model, in eval mode; modes, statistics and random state stay as they
     are. Do it before a model is partitioned.
 
     Raises ValueError for a model whose family is unknown, one with fewer than four stages or blocks, one without
