@@ -1,0 +1,284 @@
+"""The average of weights that ZeRO keeps in pieces, against timm's average of one whole model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from small import Convolutions, batch, loss, zero
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from hetero_kt.config import Optim
+from hetero_kt.distributed import params
+from hetero_kt.distributed.ema import EMA
+from hetero_kt.distributed.engine import build_engine
+from hetero_kt.distributed.params import Weight, read
+
+STEPS, DECAY = 5, 0.6  # warm-up reaches 0.6 at the fourth update
+SGD = Optim("sgd", lr=0.1, momentum=0.9, weight_decay=0.0)
+EVERYWHERE = [(stage, world) for stage in (0, 1, 2, 3) for world in (1, 2)]
+
+
+def model_of(precision: str = "fp32") -> nn.Module:
+    """Sizes that do not divide by 2 ranks, a frozen weight and a buffer that no state dict holds."""
+    torch.manual_seed(0)
+    model = Convolutions(batch_norm=precision == "fp32")
+    model.fc.bias.requires_grad_(False)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]), persistent=False)
+    return model
+
+
+def engine_of(stage: int, precision: str = "fp32", **block: Any) -> Any:
+    world = dist.get_world_size()
+    settings = zero(stage) | block
+    return build_engine(model_of(precision), optim=SGD, zero=settings, precision=precision, micro_batch=8 // world)
+
+
+def train(engine: Any, ema: EMA, steps: range) -> None:
+    for step in steps:
+        engine.backward(loss(engine, batch(step, dist.get_rank(), dist.get_world_size())))
+        engine.step()
+        ema.update()
+
+
+def state_of(engine: Any) -> dict[str, Tensor]:
+    """All that an evaluation may not change: masters, what forward uses, buffers."""
+    state = {f"buffer {name}": buffer.clone() for name, buffer in engine.module.named_buffers()}
+    for name, parameter in engine.module.named_parameters():
+        shown = parameter.detach()
+        if hasattr(parameter, "ds_tensor"):  # behind its part of the weight lies padding, of any value
+            start = dist.get_rank() * parameter.ds_tensor.ds_numel
+            shown = parameter.ds_tensor.detach()[: max(0, parameter.ds_numel - start)]
+        state[f"shown {name}"] = shown.clone()
+        state[f"read {name}"] = read([Weight(engine, parameter)])[0]
+    return state
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def references(world: int) -> Iterator[list[ModelEmaV3]]:
+    """After each step, timm's averages of a plain model that each rank would have: own buffers, common weights."""
+    models = [model_of() for _ in range(world)]
+    averages = [ModelEmaV3(model, decay=DECAY, use_warmup=True) for model in models]
+    trained = [p for p in models[0].parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for rank, model in enumerate(models):
+            model.zero_grad()
+            loss(model, batch(step, rank, world)).backward()
+        for of_ranks in zip(*(model.parameters() for model in models), strict=True):
+            if of_ranks[0].requires_grad:
+                of_ranks[0].grad = torch.stack([p.grad for p in of_ranks]).mean(0)
+        optimizer.step()
+        for model in models[1:]:
+            model.load_state_dict(dict(models[0].named_parameters()), strict=False)
+        for model, average in zip(models, averages, strict=True):
+            average.update(model, step=step + 1)
+        yield averages
+
+
+def against_timm(stage: int) -> list[str]:
+    engine = engine_of(stage)
+    ema = EMA(engine, DECAY)
+    wrong = []
+    for step, averages in enumerate(references(dist.get_world_size())):
+        train(engine, ema, range(step, step + 1))
+        expected = averages[dist.get_rank()].module.state_dict()
+        found = ema.state_dict()["weights"] | ema.local_state()
+        if set(found) != set(expected) - {"fc.bias"}:  # frozen
+            wrong.append(f"names {set(found) ^ set(expected)}")
+        wrong += [f"{step} {k}" for k in found if not torch.allclose(found[k], expected[k], rtol=0, atol=1e-6)]
+    if stage == 3:
+        assert engine.module.conv.weight.ds_status == ZeroParamStatus.NOT_AVAILABLE
+    assert not torch.allclose(ema.state_dict()["weights"]["conv.weight"], params.state_dict(engine)["conv.weight"])
+    engine.destroy()
+    return wrong
+
+
+@pytest.mark.parametrize(("stage", "world"), EVERYWHERE)
+def test_the_average_is_timm_s_of_one_whole_model(ranks: Any, stage: int, world: int) -> None:
+    for wrong in ranks(world).run(against_timm, stage):
+        assert not wrong
+
+
+def against_masters(stage: int, precision: str, block: dict[str, Any]) -> tuple[bool, bool]:
+    """timm's average over the masters as they are after each step."""
+    engine = engine_of(stage, precision, **block)
+    ema = EMA(engine, DECAY)
+    shadow = model_of(precision)
+    expected = ModelEmaV3(shadow, decay=DECAY, use_warmup=True)
+    for step in range(STEPS):
+        train(engine, ema, range(step, step + 1))
+        shadow.load_state_dict(params.state_dict(engine))
+        expected.update(shadow, step=step + 1)
+    found = ema.state_dict()["weights"]
+    names = found.keys()
+    fine = any(not torch.equal(value, value.bfloat16().float()) for value in found.values())
+    equal = all(torch.equal(found[name], expected.module.state_dict()[name]) for name in names)
+    engine.destroy()
+    return equal, fine
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "block"),
+    [
+        (0, "autocast", {}),
+        (1, "autocast", {}),
+        (3, "autocast", {}),
+        (1, "bf16", {}),
+        (2, "bf16", {}),
+        (3, "bf16", {}),
+        (2, "fp32", {"offload_optimizer": {"device": "cpu"}}),
+        (3, "fp32", {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+        (3, "fp32", {"stage3_param_persistence_threshold": 10_000}),
+    ],
+)
+def test_masters_are_averaged_in_fp32_to_the_bit(ranks: Any, stage: int, precision: str, block: dict[str, Any]) -> None:
+    for equal, fine in ranks(2).run(against_masters, stage, precision, block):
+        assert equal
+        assert fine, "no weight has more digits than bf16"
+
+
+def applying(stage: int, precision: str, block: dict[str, Any]) -> dict[str, bool]:
+    engine = engine_of(stage, precision, **block)
+    ema = EMA(engine, DECAY)
+    x = batch(99)[0]
+    model = engine.module
+
+    def logits(of: nn.Module) -> Tensor:
+        of.eval()
+        with torch.no_grad():
+            result = of(x.to(next(of.parameters()).dtype)).clone()
+        of.train()
+        return result
+
+    train(engine, ema, range(3))
+    logits(model)  # leaves weights of a ZeRO-3 model gathered, for a backward that does not come
+    before = state_of(engine)
+    saved, local = ema.state_dict()["weights"], ema.local_state()
+    plain = model_of(precision)
+    plain.load_state_dict(saved | local, strict=False)
+    plain.to(next(model.parameters()).dtype)
+    result = {}
+    with ema.applied():
+        result["computes"] = torch.allclose(logits(model), logits(plain), rtol=0, atol=1e-6)
+        result["again"] = torch.allclose(logits(engine), logits(plain), rtol=0, atol=1e-6)
+        inside = params.state_dict(engine)
+        result["reads"] = all(torch.equal(inside[name], saved[name]) for name in saved)
+        result["buffers"] = all(torch.equal(inside[name], local[name]) for name in local)
+    result["restored"] = same(state_of(engine), before)
+    result["average kept"] = same(ema.state_dict()["weights"], saved) and same(ema.local_state(), local)
+    try:
+        with ema.applied():
+            logits(model)
+            raise KeyError("an evaluation that fails")
+    except KeyError:
+        result["restored after an error"] = same(state_of(engine), before)
+    # What is restored is also what training goes on with.
+    other = engine_of(stage, precision, **block)
+    train(other, EMA(other, DECAY), range(5))
+    train(engine, ema, range(3, 5))
+    result["goes on"] = same(state_of(engine), state_of(other))
+    result["differs"] = not torch.equal(before["read conv.weight"], saved["conv.weight"])
+    engine.destroy()
+    other.destroy()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "block"),
+    [
+        *[(stage, "fp32", {}) for stage in (0, 1, 2, 3)],
+        *[(stage, "bf16", {}) for stage in (1, 2, 3)],
+        (3, "fp32", {"stage3_param_persistence_threshold": 10_000}),
+        (3, "bf16", {"stage3_param_persistence_threshold": 10_000}),
+        (3, "fp32", {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+    ],
+)
+def test_the_applied_average_computes_and_leaves_no_trace(
+    ranks: Any, stage: int, precision: str, block: dict[str, Any]
+) -> None:
+    for result in ranks(2).run(applying, stage, precision, block):
+        assert all(result.values()), result
+
+
+def resumed(stage: int, precision: str) -> bool:
+    """Three steps, saved; two more, with and without a load in between."""
+    engine = engine_of(stage, precision)
+    ema = EMA(engine, DECAY)
+    train(engine, ema, range(3))
+    state, local = copy.deepcopy(ema.state_dict()), ema.local_state()
+    fresh = EMA(engine, DECAY)
+    fresh.load_state_dict(state)
+    fresh.load_local_state(local)
+    good = same(fresh.state_dict()["weights"], state["weights"]) and same(fresh.local_state(), local)
+    for step in range(3, 5):
+        train(engine, ema, range(step, step + 1))
+        fresh.update()
+    good &= same(fresh.state_dict()["weights"], ema.state_dict()["weights"])
+    good &= same(fresh.local_state(), ema.local_state()) and fresh.updates == ema.updates == 5
+    engine.destroy()
+    return good
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
+def test_a_saved_average_goes_on_to_the_bit(ranks: Any, stage: int, precision: str) -> None:
+    assert all(ranks(2).run(resumed, stage, precision))
+
+
+def saved_average(stage: int) -> dict[str, Any]:
+    engine = engine_of(stage)
+    ema = EMA(engine, DECAY)
+    train(engine, ema, range(3))
+    state = ema.state_dict()
+    engine.destroy()
+    return {"updates": state["updates"], "weights": {name: v.numpy() for name, v in state["weights"].items()}}
+
+
+def taken_over(stage: int, state: dict[str, Any]) -> bool:
+    engine = engine_of(stage)
+    ema = EMA(engine, DECAY)
+    weights = {name: torch.from_numpy(value) for name, value in state["weights"].items()}
+    ema.load_state_dict(state | {"weights": weights})
+    good = same(ema.state_dict()["weights"], weights) and ema.updates == 3
+    engine.destroy()
+    return good
+
+
+@pytest.mark.parametrize(("there", "here"), [((3, 2), (1, 1)), ((1, 1), (3, 2)), ((2, 2), (0, 1))])
+def test_an_average_moves_to_other_ranks_and_stages(ranks: Any, there: tuple[int, int], here: tuple[int, int]) -> None:
+    state = ranks(there[1]).run(saved_average, there[0])[0]
+    assert all(ranks(here[1]).run(taken_over, here[0], state))
+
+
+def refusals() -> list[str]:
+    messages = []
+    engine = engine_of(1)
+    ema = EMA(engine, DECAY)
+    state = ema.state_dict()
+    for weights in (
+        {name: v for name, v in state["weights"].items() if name != "conv.weight"},
+        state["weights"] | {"conv.weight": torch.zeros(7, 3, 5, 5)},
+        state["weights"] | {"elsewhere": torch.zeros(1)},
+    ):
+        try:
+            ema.load_state_dict(state | {"weights": weights})
+        except ValueError as error:
+            messages.append(str(error))
+    engine.destroy()
+    return messages
+
+
+def test_the_average_of_another_model_is_refused_by_the_weight_s_name(ranks: Any) -> None:
+    for messages in ranks(1).run(refusals):
+        assert ["conv.weight" in m for m in messages] == [True, True, False]
+        assert "elsewhere" in messages[2]
