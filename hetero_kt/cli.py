@@ -53,6 +53,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--png", metavar="FILE", help="draw the curves there")
     command.set_defaults(command=_report)
 
+    command = commands.add_parser("shards", help="write a data set of pictures as webdataset shards, for training")
+    command.add_argument(
+        "source", metavar="IMAGEFOLDER|PARQUET", help="class folders, or train/ and val/ with such; Parquet"
+    )
+    command.add_argument("out", metavar="OUT", help="gets train/ and, where there is a validation part, validation/")
+    command.add_argument("--shard-size", default="256MB", metavar="SIZE", help="samples (10000) or bytes (256MB)")
+    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, a shard each (all cores)")
+    command.add_argument(
+        "--validation", nargs="+", default=[], metavar="FILES", help="Parquet files, or a folder of class folders"
+    )
+    command.set_defaults(command=_shards)
+
     command = commands.add_parser("export", help="say where a run's plain weights lie")
     command.add_argument("run", metavar="RUN", help="a run folder, or one that holds some")
     command.set_defaults(command=_export)
@@ -105,6 +117,25 @@ def _report(arguments: argparse.Namespace) -> int:
         file.write_text(report.markdown(report.compare(runs), report.remarks(runs, unfinished)), encoding="utf-8")
     if arguments.png:
         report.curves(arguments.runs, arguments.png)
+    return 0
+
+
+def _shards(arguments: argparse.Namespace) -> int:
+    from hetero_kt.data import sharding
+
+    parts = sharding.write(
+        arguments.source,
+        arguments.out,
+        shard_size=arguments.shard_size,
+        workers=arguments.workers,
+        validation=arguments.validation,
+    )
+    for part in parts:
+        earlier = f", {part.kept} of them from an earlier run" if part.kept else ""
+        print(
+            f"{part.folder}: {part.pictures:,} pictures of {part.classes} classes in {part.shards} shards{earlier}, "
+            f"{part.bytes / 1e6:,.1f} MB"
+        )
     return 0
 
 

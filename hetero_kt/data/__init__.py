@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from hetero_kt.config import Data
@@ -15,7 +17,8 @@ from hetero_kt.data.generated import generated
 from hetero_kt.data.images import ImageSet, class_counts, draw_per_class
 from hetero_kt.data.loader import Loader
 from hetero_kt.data.mixing import mixer
-from hetero_kt.data.pictures import InMemory, PictureLoader, Source
+from hetero_kt.data.pictures import InMemory, PictureLoader
+from hetero_kt.data.shards import Index, Shards, local
 
 __all__ = ["ImageSet", "Loader", "PictureLoader", "classes", "load", "open_loader"]
 
@@ -60,7 +63,7 @@ def open_loader(
             raise ValueError("data shards: the fast pipeline augments in memory: use --data.NAME.pipeline timm")
         images = load(config, data_dir, train=train)
         return Loader(images, config.batch, seed, config.augment if train else (), rank, world, device, mix)
-    source: Source = InMemory(_load(config, data_dir, train))
+    source = _shards(config, data_dir, train) if config.name == "shards" else InMemory(_load(config, data_dir, train))
     return PictureLoader(
         source,
         config.batch,
@@ -78,7 +81,23 @@ def open_loader(
 
 def classes(config: Data, data_dir: str = "") -> int:
     """Classes of a data set, known before it is read. Raises ValueError for shards without an index."""
+    if config.name == "shards":
+        return len(Index(_folder(config, data_dir) / "train").classes)
     return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES}[config.name]
+
+
+def _folder(config: Data, data_dir: str) -> Path:
+    """Where a data set's shards lie."""
+    place = config.folder if os.path.isabs(config.folder) else data_dir or os.environ.get("HETERO_KT_DATA") or "data"
+    return local(place, "--data-dir") / local(config.folder, "--data.NAME.folder")
+
+
+def _shards(config: Data, data_dir: str, train: bool) -> Shards:
+    def choose(labels: np.ndarray, classes: int) -> np.ndarray:
+        return _chosen(torch.from_numpy(labels), classes, config, train).numpy()
+
+    part = "train" if train or config.validation > 0 else "validation"
+    return Shards(Index(_folder(config, data_dir) / part), choose, config.corrupt)
 
 
 def _load(config: Data, data_dir: str, train: bool) -> ImageSet:
@@ -91,6 +110,8 @@ def _read(config: Data, data_dir: str, train: bool) -> ImageSet:
         return digits(train)
     if config.name == "generated":
         return generated(train)
+    if config.name == "shards":
+        raise ValueError("data shards: they are not read into memory: use open_loader")
     return cifar100(data_dir or os.environ.get("HETERO_KT_DATA") or "data", train)
 
 

@@ -55,7 +55,7 @@ class Stream:
                 "num_workers": workers,
                 "prefetch_factor": _AHEAD,
                 "worker_init_fn": _begin,
-                "multiprocessing_context": _context,
+                "multiprocessing_context": context,
             }
         self._tasks = tasks
         self._results: Iterator[Any] | None = None
@@ -135,7 +135,8 @@ class _Context(ForkServerContext):
     Process = _Worker  # type: ignore[assignment]
 
 
-_context = _Context()
+context = _Context()
+"""Like `multiprocessing.get_context('forkserver')`, as described above."""
 
 
 @contextmanager
