@@ -68,6 +68,22 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="say where a run's plain weights lie")
     command.add_argument("run", metavar="RUN", help="a run folder, or one that holds some")
     command.set_defaults(command=_export)
+
+    command = commands.add_parser("features", help="draw the features of models' four stages on pictures")
+    command.add_argument("models", nargs="+", metavar="MODEL", help="timm:resnet50, cifar:mobilenetv2, ...")
+    command.add_argument("--images", nargs="+", required=True, metavar="FILES_OR_FOLDER", help="pictures, at most 16")
+    command.add_argument("--png", required=True, metavar="OUT", help="write the figure there")
+    command.add_argument(
+        "--init",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="weights, one for each model: a safetensors file, a finished run's folder, or - for fresh ones",
+    )
+    command.add_argument("--pretrained", action="store_true", help="take the weights that timm publishes")
+    command.add_argument("--image-size", type=int, default=224, help="pixels of the square that models see (224)")
+    command.add_argument("--classes", type=int, default=1000, help="outputs of the classifiers (1000)")
+    command.set_defaults(command=_features)
     return parser
 
 
@@ -156,6 +172,22 @@ def _export(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0 if finished else 1
+
+
+def _features(arguments: argparse.Namespace) -> int:
+    from hetero_kt.features import features
+
+    features(
+        arguments.models,
+        arguments.images,
+        arguments.png,
+        inits=arguments.init,
+        pretrained=arguments.pretrained,
+        image_size=arguments.image_size,
+        classes=arguments.classes,
+    )
+    print(arguments.png)
+    return 0
 
 
 if __name__ == "__main__":
