@@ -16,7 +16,7 @@ from hetero_kt.data.generated import CLASSES as GENERATED_CLASSES
 from hetero_kt.data.generated import generated
 from hetero_kt.data.images import ImageSet, class_counts, draw_per_class
 from hetero_kt.data.loader import Loader
-from hetero_kt.data.mixing import mixer
+from hetero_kt.data.mixing import Mixer
 from hetero_kt.data.pictures import InMemory, PictureLoader
 from hetero_kt.data.shards import Index, Shards, local
 
@@ -56,13 +56,13 @@ def open_loader(
     Raises:
         ValueError: data that is missing or damaged, or settings that do not fit it or each other.
     """
-    rows = config.batch // world
-    mix = mixer(config.mix, classes(config, data_dir), rows, seed, rank) if train else None
+    place = (rank, world, device)
     if config.pipeline == "fast":
         if config.name == "shards":
             raise ValueError("data shards: the fast pipeline augments in memory: use --data.NAME.pipeline timm")
         images = load(config, data_dir, train=train)
-        return Loader(images, config.batch, seed, config.augment if train else (), rank, world, device, mix)
+        mix = _mixer(config, images.classes, train, seed, rank, world)
+        return Loader(images, config.batch, seed, config.augment if train else (), *place, mix)
     source = _shards(config, data_dir, train) if config.name == "shards" else InMemory(_load(config, data_dir, train))
     return PictureLoader(
         source,
@@ -70,12 +70,10 @@ def open_loader(
         seed,
         config.transform,
         config.image_size,
-        rank,
-        world,
-        device,
+        *place,
         workers=config.workers,
         corrupt=config.corrupt,
-        mixer=mix,
+        mixer=_mixer(config, source.classes, train, seed, rank, world),
     )
 
 
@@ -84,6 +82,12 @@ def classes(config: Data, data_dir: str = "") -> int:
     if config.name == "shards":
         return len(Index(_folder(config, data_dir) / "train").classes)
     return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES}[config.name]
+
+
+def _mixer(config: Data, classes: int, train: bool, seed: int, rank: int, world: int) -> Mixer | None:
+    if not train or not (config.mix.mixup or config.mix.cutmix):
+        return None
+    return Mixer(config.mix, classes, config.batch // world, seed, rank)
 
 
 def _folder(config: Data, data_dir: str) -> Path:
@@ -96,8 +100,12 @@ def _shards(config: Data, data_dir: str, train: bool) -> Shards:
     def choose(labels: np.ndarray, classes: int) -> np.ndarray:
         return _chosen(torch.from_numpy(labels), classes, config, train).numpy()
 
-    part = "train" if train or config.validation > 0 else "validation"
-    return Shards(Index(_folder(config, data_dir) / part), choose, config.corrupt)
+    index = Index(_folder(config, data_dir) / "train")
+    if not train and config.validation == 0:
+        train_classes, index = index.classes, Index(_folder(config, data_dir) / "validation")
+        if index.classes != train_classes:
+            raise ValueError(f"{index.folder} has other classes than the training set beside it: write both in one go.")
+    return Shards(index, choose, config.corrupt)
 
 
 def _load(config: Data, data_dir: str, train: bool) -> ImageSet:

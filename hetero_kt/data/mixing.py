@@ -26,11 +26,13 @@ class Mixer:
         """
         for name, value in (("mixup", mix.mixup), ("cutmix", mix.cutmix)):
             if not 0 <= value < float("inf"):
-                raise ValueError(f"mix.{name} is {value}: use a positive alpha, or 0 to leave it out")
+                raise ValueError(f"--data.NAME.mix.{name} {value}: use a positive alpha, or 0 to leave it out")
         if not 0 <= mix.probability <= 1:
-            raise ValueError(f"mix.probability is {mix.probability}: use a number from 0 to 1")
+            raise ValueError(f"--data.NAME.mix.probability {mix.probability}: use a number from 0 to 1")
         if rows % 2:
-            raise ValueError(f"mixup and cutmix mix rows in pairs, and a rank has {rows}: use an even batch per rank")
+            raise ValueError(
+                f"--data.NAME.mix pairs a rank's rows, which are {rows} here: use a batch that is even on every rank"
+            )
         self.seed, self.rank = seed, rank
         self._mixup = Mixup(mix.mixup, mix.cutmix, prob=mix.probability, label_smoothing=0.0, num_classes=classes)
 
@@ -46,8 +48,3 @@ class Mixer:
         finally:
             np.random.set_state(before)
         return mixed
-
-
-def mixer(mix: Mix, classes: int, rows: int, seed: int, rank: int) -> Mixer | None:
-    """A mixer, or None where the settings mix nothing. Raises ValueError as `Mixer`."""
-    return Mixer(mix, classes, rows, seed, rank) if mix.mixup or mix.cutmix else None

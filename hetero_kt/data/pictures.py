@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
+from torchvision.transforms import Normalize
 
 from hetero_kt.config import Transform
 from hetero_kt.data import counter
@@ -109,6 +110,8 @@ class PictureLoader:
         Raises:
             ValueError: an empty set, a batch that does not divide over the ranks, a transform that timm refuses.
         """
+        if workers < 0:
+            raise ValueError(f"--data.NAME.workers {workers} is no number of processes: use 0 or more")
         self.order = Order(source.name, len(source.labels), batch, seed, rank, world)
         self.samples, self.classes, self.name = len(source.labels), source.classes, source.name
         self.mean, self.std = source.mean, source.std
@@ -116,7 +119,7 @@ class PictureLoader:
         self.device = torch.device(device)
         self._source, self._corrupt, self._mixer = source, corrupt, mixer
         self._image_size, self._workers = image_size, workers
-        augmented, plain = (_transform(transform, image_size, source, training) for training in (True, False))
+        augmented, plain = (_Transformed(transform, image_size, source, training) for training in (True, False))
         self._train = _Decoding(source, augmented, image_size, seed, replacing=True)
         self._eval = _Decoding(source, plain, image_size, seed, replacing=False)
         self._stream: Stream | None = None
@@ -252,16 +255,13 @@ class _Drawn(NamedTuple):
 class _Decoding(Dataset[_Drawn]):
     """Tasks to batches, in whatever process: what it draws depends on the task alone."""
 
-    def __init__(
-        self, source: Source, transform: Callable[[Image.Image], Tensor], image_size: int, seed: int, replacing: bool
-    ) -> None:
+    def __init__(self, source: Source, transform: _Transformed, image_size: int, seed: int, replacing: bool) -> None:
         self._source, self._transform, self._seed, self._replacing = source, transform, seed, replacing
         self._image_size = image_size
 
     def __getitem__(self, task: _Task) -> _Drawn:
         started = time.perf_counter()
-        rows, size = len(task.samples_B), self._image_size
-        pictures = torch.zeros(rows, 3, size, size).contiguous(memory_format=torch.channels_last)
+        pictures = _batch(len(task.samples_B), self._image_size)
         used_B = task.samples_B.copy()
         bad: list[tuple[int, str]] = []
         lost = False
@@ -275,10 +275,11 @@ class _Decoding(Dataset[_Drawn]):
                     except Damaged as error:
                         bad.append((candidate, str(error)))
                         continue
-                    pictures[row] = self._transform(picture)
+                    self._transform.into(pictures[row], picture)
                     used_B[row] = candidate
                     break
                 else:
+                    pictures[row] = 0
                     lost |= self._replacing
         labels = torch.from_numpy(self._source.labels[used_B])
         return _Drawn(pictures, labels, bad, lost, time.perf_counter() - started)
@@ -289,6 +290,15 @@ class _Decoding(Dataset[_Drawn]):
         if self._replacing:
             key, size = counter.key(_REPLACE, sample), len(self._source.labels)
             yield from counter.below(counter.bits(key, np.arange(_REPLACEMENTS)), size, width=32).tolist()
+
+
+def _batch(rows: int, size: int) -> Tensor:
+    """Memory for pictures (B, 3, H, W), float32, channels last; a worker takes it where the trainer can read it."""
+    if get_worker_info() is None:
+        return torch.empty(rows, 3, size, size, memory_format=torch.channels_last)
+    shared = torch.UntypedStorage._new_shared(rows * 3 * size * size * 4)
+    shape, strides = (rows, 3, size, size), (3 * size * size, 1, 3 * size, 3)
+    return torch.empty(0).set_(shared, 0, shape, strides)
 
 
 @contextmanager
@@ -309,23 +319,53 @@ def _seed(key: int) -> None:
     torch.default_generator.manual_seed(key)  # torch.manual_seed would seed all GPUs too, at a great cost
 
 
-def _transform(
-    transform: Transform, image_size: int, source: Source, training: bool
-) -> Callable[[Image.Image], Tensor]:
-    """timm's transform from an RGB picture to (3, H, W), float32. Raises ValueError for settings that timm refuses."""
-    if not 0 < transform.scale[0] <= transform.scale[-1] <= 1 or len(transform.scale) != 2:
-        raise ValueError(f"transform.scale is {transform.scale}: use two fractions of the picture, like 0.08 1.0")
+class _Transformed:
+    """timm's transform for training or evaluation, with its results laid channels last where they are wanted.
+
+    timm's steps are: on the picture, to a tensor, normalisation, on the tensor. The two in the middle are done here,
+    with the same operations in another memory order (three times as fast); the others are timm's own.
+    """
+
+    def __init__(self, transform: Transform, image_size: int, source: Source, training: bool) -> None:
+        """
+        Raises:
+            ValueError: settings that timm refuses.
+        """
+        steps = _timms(transform, image_size, source, training)
+        normal = next(k for k, step in enumerate(steps) if isinstance(step, Normalize))
+        self._on_picture, self._on_tensor = steps[: normal - 1], steps[normal + 1 :]
+        # A row of pixels each, so that normalisation is vectorised.
+        self._mean, self._std = (torch.tensor(values).repeat(image_size) for values in (source.mean, source.std))
+
+    def into(self, place: Tensor, picture: Image.Image) -> None:
+        """Transform a picture into `place` (3, H, W), float32, channels last."""
+        for step in self._on_picture:
+            picture = step(picture)
+        pixels = place.permute(1, 2, 0).flatten(1)
+        pixels.copy_(torch.from_numpy(np.array(picture)).flatten(1))
+        pixels.div_(255).sub_(self._mean).div_(self._std)
+        for step in self._on_tensor:
+            step(place)
+
+
+def _timms(transform: Transform, image_size: int, source: Source, training: bool) -> list[Any]:
+    """The steps from an RGB picture to (3, H, W), float32. Raises ValueError for settings that timm refuses."""
+    if len(transform.scale) != 2 or not 0 < transform.scale[0] <= transform.scale[1] <= 1:
+        raise ValueError(
+            f"--data.NAME.transform.scale {transform.scale}: use two fractions of the picture, like 0.08 1.0"
+        )
     if not 0 < transform.crop_fraction <= 1:
-        raise ValueError(f"transform.crop_fraction is {transform.crop_fraction}: use a fraction, like 0.875")
+        raise ValueError(f"--data.NAME.transform.crop_fraction {transform.crop_fraction}: use a fraction, like 0.875")
     for name in ("flip", "erasing"):
         if not 0 <= getattr(transform, name) <= 1:
-            raise ValueError(f"transform.{name} is {getattr(transform, name)}: use a probability from 0 to 1")
+            raise ValueError(f"--data.NAME.transform.{name} {getattr(transform, name)}: use a probability from 0 to 1")
     if transform.rand_augment and not transform.rand_augment.startswith("rand-"):
         raise ValueError(
-            f"transform.rand_augment {transform.rand_augment!r} is not timm's spelling: use rand-m9-mstd0.5-inc1"
+            f"--data.NAME.transform.rand_augment {transform.rand_augment} is not timm's spelling:"
+            " use rand-m9-mstd0.5-inc1"
         )
     try:
-        made: Callable[[Image.Image], Tensor] = create_transform(
+        made = create_transform(
             image_size,
             is_training=training,
             scale=transform.scale,
@@ -341,14 +381,15 @@ def _transform(
         )
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"transform: timm refuses rand_augment {transform.rand_augment!r} or color_jitter "
+            f"--data.NAME.transform: timm refuses rand_augment {transform.rand_augment!r} or color_jitter "
             f"{transform.color_jitter} ({type(error).__name__} {error}): use rand-m9-mstd0.5-inc1 and 0.4, for example"
         ) from error
-    for step in getattr(made, "transforms", []):
+    steps: list[Any] = made.transforms
+    for step in steps:
         for op in getattr(step, "ops", []):
             if op.aug_fn is auto_augment.posterize:
                 op.aug_fn = _posterize
-    return made
+    return steps
 
 
 def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
