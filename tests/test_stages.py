@@ -295,6 +295,19 @@ def test_forms_for_small_pictures_split_at_their_own_resolutions(name: str) -> N
     assert tuple(layout.grid[0] for layout in stages.layouts) == CIFAR[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("gernet_s", (16, 8, 4, 2)),  # five containers, the last two of one resolution
+        ("cspdarknet53", (16, 8, 4, 2)),  # five, of strides 2 to 32
+        ("fastvit_mci3", (8, 4, 2, 1)),  # five, of strides 4 to 64
+    ],
+)
+def test_more_than_four_containers_are_grouped_by_resolution(name: str, rows: tuple[int, ...]) -> None:
+    stages = split(timm.create_model(name, num_classes=2), 64)
+    assert tuple(layout.grid[0] for layout in stages.layouts) == rows
+
+
 def test_a_split_does_not_depend_on_the_picture() -> None:
     model = timm.create_model("mobilenetv2_035", num_classes=10)  # at 16 pixels the last four maps are 1x1
     channels = [[layout.channels for layout in split(model, size).layouts] for size in (16, 64)]

@@ -44,8 +44,8 @@ Parts = list[list[nn.Module]]
 class Family:
     """A hierarchical model whose stages are modules of their own, in one container or under names.
 
-    Down-sampling stands first in the stage that it feeds, as timm builds it. Of more than four modules the
-    first ones together are stage 1: the last four hold the last four resolutions.
+    Down-sampling stands first in the stage that it feeds, as timm builds it. In a container stages end where
+    `feature_info` says that a resolution ends; of more than four resolutions the first ones are stage 1.
     """
 
     stem: tuple[str, ...]
@@ -69,14 +69,16 @@ class Family:
         first, *others = self.groups(model)
         return [stem + first, *others]
 
-    def groups(self, model: nn.Module) -> Parts:
-        if isinstance(self.blocks, str):
-            modules = list(model.get_submodule(self.blocks).children())
-        else:
-            modules = [model.get_submodule(name) for name in self.blocks]
-        if len(modules) < 4:
-            raise ValueError(f"{len(modules)} stages are too few: four are needed")
-        return [modules[:-3], *([module] for module in modules[-3:])]
+    def groups(self, model: Any) -> Parts:
+        if not isinstance(self.blocks, str):
+            return [[model.get_submodule(name)] for name in self.blocks]
+        modules = list(model.get_submodule(self.blocks).children())
+        taps = [info["module"] for info in model.feature_info]
+        ends = [end for end in range(1, len(modules)) if f"{self.blocks}.{end - 1}" in taps]
+        groups = [modules[start:end] for start, end in pairwise([0, *ends, len(modules)])]
+        if len(groups) < 4:
+            raise ValueError(f"{len(groups)} stages are too few: four are needed")
+        return _last_four(groups)
 
     def embed(self, model: Any, x: Tensor) -> Tensor:
         """What the model does to pictures with parameters of its own, before the stem's modules."""
@@ -112,8 +114,7 @@ class _ByFeatureInfo(Family):
         groups = [
             [block for sequence in model.blocks[start:end] for block in sequence] for start, end in pairwise(ends)
         ]
-        while len(groups) > 4:
-            groups[:2] = [groups[0] + groups[1]]
+        groups = _last_four(groups)
         while len(groups) < 4:
             # The deepest of the longest groups becomes two.
             longest = max(range(len(groups)), key=lambda i: (len(groups[i]), i))
@@ -230,6 +231,11 @@ def family_of(model: nn.Module) -> Family:
             return family
     known = ", ".join(kind.__name__ for kind in FAMILIES)
     raise ValueError(f"its class is none of timm's {known}")
+
+
+def _last_four(groups: Parts) -> Parts:
+    """All but the last three groups in one, where there are more than four."""
+    return [[module for group in groups[:-3] for module in group], *groups[-3:]] if len(groups) > 4 else groups
 
 
 def evenly(blocks: list[nn.Module], count: int) -> Parts:
