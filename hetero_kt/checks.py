@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hetero_kt.config import Control, Data, Model, Recipe, Transfer, nearest
+from hetero_kt.config import Data, Distill, Model, Recipe, Teacher, Transfer, nearest
 from hetero_kt.models import known
 
-CONTROLS: tuple[str, ...] = typing.get_args(Control)
 SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
 
 BELONGS_ELSEWHERE = {
@@ -47,17 +45,23 @@ def check(recipe: Recipe, world: int = 1) -> None:
         _at_least(option, number, least)
     if not recipe.models:
         raise ValueError(f"--models is empty: recipe {recipe.name} needs at least one model.")
-    if recipe.method.control not in CONTROLS:
+    if recipe.method.arm not in recipe.method.arms():
         raise ValueError(
-            f"--control {recipe.method.control} is unknown: use {nearest(recipe.method.control, CONTROLS)}."
+            f"--control {recipe.method.arm} is unknown: use {nearest(recipe.method.arm, recipe.method.arms())}."
         )
     for name, data in recipe.data.items():
         _check_data(name, data, world)
     for name, model in recipe.models.items():
         _check_model(name, model, recipe.data, world)
+    if isinstance(recipe.method, Distill):
+        _check_distill(recipe, recipe.method)
+        return
     for name, transfer in recipe.method.transfers.items():
         _check_transfer(f"--method.transfers.{name}", transfer, recipe.models)
     _check_sites(recipe.method.transfers)
+    for name, model in recipe.models.items():
+        if model.checkpointing:
+            raise ValueError(f"--models.{name}.checkpointing is for distillation only: leave it out.")
 
 
 def _check_data(name: str, data: Data, world: int) -> None:
@@ -65,6 +69,21 @@ def _check_data(name: str, data: Data, world: int) -> None:
     _at_least(f"{option}.batch", data.batch, 1)
     _at_least(f"{option}.per-class", data.per_class, 0)
     _at_least(f"{option}.image-size", data.image_size, 1)
+    _at_least(f"{option}.workers", data.workers, 0)
+    if data.name == "shards" and data.pipeline == "fast":
+        raise ValueError(f"{option}.pipeline fast augments sets in memory: use timm for shards.")
+    if data.name == "shards" and not data.folder:
+        raise ValueError(f"{option}.folder is empty: name what hetero-kt shards has written.")
+    for field, value in (("mixup", data.mix.mixup), ("cutmix", data.mix.cutmix)):
+        if value < 0:
+            raise ValueError(f"{option}.mix.{field} {value} is negative: use 0 or more.")
+    for field, value in (
+        ("mix.probability", data.mix.probability),
+        ("transform.erasing", data.transform.erasing),
+        ("transform.flip", data.transform.flip),
+    ):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{option}.{field} {value} is no probability: use 0 to 1.")
     if not 0 <= data.validation < 1:
         raise ValueError(f"{option}.validation {data.validation} is no fraction: use at least 0 and less than 1.")
     if data.batch % world:
@@ -89,6 +108,9 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
         )
     if model.optim.lr < 0:
         raise ValueError(f"{option}.optim.lr {model.optim.lr} is negative: use 0 or more.")
+    for field, value in (("label-smoothing", model.label_smoothing), ("ema", model.ema)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{option}.{field} {value} is out of range: use at least 0 and less than 1.")
     if any(not 0 <= m <= 1 for m in model.schedule.milestones):
         raise ValueError(
             f"{option}.schedule.milestones {_listed(model.schedule.milestones)} are fractions of the run: "
@@ -102,6 +124,47 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
             f"{option}.zero {model.zero} is stage 0, which keeps no master copy of bf16 parameters: "
             "use ds_configs/zero1.json, or autocast as precision."
         )
+
+
+def _check_distill(recipe: Recipe, method: Distill) -> None:
+    if len(recipe.models) != 1:
+        raise ValueError(f"--models has {len(recipe.models)} entries: distillation trains one student.")
+    ((name, student),) = recipe.models.items()
+    if method.objective == "none":
+        return
+    if not method.teachers:
+        raise ValueError(f"--method.teachers is empty: objective {method.objective} needs a teacher.")
+    for teacher, config in method.teachers.items():
+        _check_teacher(f"--method.teachers.{teacher}", teacher, config, name)
+    if method.objective != "kd" and zero_block(student.zero, f"--models.{name}.zero")["stage"] == 0:
+        raise ValueError(
+            f"--models.{name}.zero {student.zero} is stage 0, under which DeepSpeed takes no backward through several "
+            "engines: use ds_configs/zero1.json."
+        )
+    for option, value in (
+        ("kd.temperature", method.kd.temperature),
+        ("ofa.gamma", method.ofa.gamma),
+        ("fbt.gamma", method.fbt.gamma),
+    ):
+        if value <= 0:
+            raise ValueError(f"--method.{option} {value} is not positive: use 1, for example.")
+    if not method.fbt.terms:
+        raise ValueError("--method.fbt.terms is empty: name at least one, or use --control none.")
+
+
+def _check_teacher(option: str, name: str, teacher: Teacher, student: str) -> None:
+    if "." in name or name in ("student", "fused", student):
+        raise ValueError(f"{option}: a teacher cannot be called {name}: give it another name without a dot.")
+    if teacher.name not in known():
+        raise ValueError(f"{option}.name {teacher.name} is no model: use {nearest(teacher.name, known())}.")
+    if teacher.pretrained and teacher.init:
+        raise ValueError(f"{option}.pretrained and {option}.init both say where its weights are: give one of them.")
+    _at_least(f"{option}.image-size", teacher.image_size, 0)
+    for field, values in (("mean", teacher.mean), ("std", teacher.std)):
+        if len(values) not in (0, 3) or (field == "std" and any(value <= 0 for value in values)):
+            raise ValueError(f"{option}.{field} {_listed(values)} are not three channels' values: give three.")
+    if teacher.zero and zero_block(teacher.zero, f"{option}.zero")["stage"] != 3:
+        raise ValueError(f"{option}.zero {teacher.zero} is not stage 3: only that keeps a frozen model in pieces.")
 
 
 def _check_transfer(option: str, transfer: Transfer, models: Mapping[str, Model]) -> None:

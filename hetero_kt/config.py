@@ -35,7 +35,8 @@ class Optim:
     """SGD's momentum (no Nesterov); AdamW ignores it."""
     weight_decay: float = 5e-4
     decay_all: bool = True
-    """Decay every parameter; False leaves out biases and norms."""
+    """Decay every parameter but those that a timm model spares itself (class token, position table); False leaves out
+    biases and norms too."""
     clip: float = 0.0
     """Largest global gradient norm; 0 does not clip."""
 
@@ -375,6 +376,8 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
         return _typed_dataclass(typing.cast(type, kind), value, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
+        if isinstance(value, dict):  # one of several dataclasses: the one whose first field is there
+            arguments = tuple(one for one in arguments if dataclasses.fields(one)[0].name in value) or arguments
         for one in arguments[:-1]:
             with contextlib.suppress(ValueError):
                 return _typed(one, value, path)

@@ -6,16 +6,26 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from hetero_kt.checks import largest_divisor, split_site
-from hetero_kt.config import Model, Recipe, Transfer
+from hetero_kt.config import Distill, MergeNet, Model, Recipe, Transfer
 from hetero_kt.models import build
+from hetero_kt.models.teacher import RANDOM
 from hetero_kt.nn.reencode import list_weights
 
 DEBUG_STEPS = 4
 DEBUG_BATCH = 8
 DEBUG_RANK = 4
 
-TINY = {"resnet": "cifar:resnet_tiny", "mobilenetv2": "cifar:mobilenetv2_tiny"}
-"""The tiny model that stands for a family under `--debug`."""
+TINY = {
+    "resnet": "cifar:resnet_tiny",
+    "mobilenetv2": "cifar:mobilenetv2_tiny",
+    "vit": "cifar:vit_tiny",
+    "deit": "cifar:vit_tiny",
+    "mixer": "cifar:mixer_tiny",
+    "resmlp": "cifar:resmlp_tiny",
+    "swin": "cifar:swin_tiny",
+    "convnext": "cifar:convnext_tiny",
+}
+"""The tiny model that stands for a family under `--debug`, by how the family's models are called."""
 
 
 def shrink(recipe: Recipe, world: int = 1) -> Recipe:
@@ -28,7 +38,16 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
     share = -(-DEBUG_BATCH // world)
     micro_batch = largest_divisor(share, share // 2) if share > 1 else 0
     data = {
-        name: replace(entry, name="generated", batch=share * world, per_class=0, validation=0.0, image_size=32)
+        name: replace(
+            entry,
+            name="generated",
+            batch=share * world,
+            per_class=0,
+            validation=0.0,
+            image_size=32,
+            folder="",
+            workers=0,
+        )
         for name, entry in recipe.data.items()
     }
     models = {
@@ -46,7 +65,7 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
         name=f"{recipe.name}_debug",
         models=models,
         data=data,
-        method=replace(recipe.method, transfers=_tiny_transfers(recipe, models)),
+        method=_tiny_method(recipe, models),
         steps=min(recipe.steps, DEBUG_STEPS),
         log_every=1,
         eval_every=min(recipe.eval_every, DEBUG_STEPS),
@@ -55,12 +74,23 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
 
 
 def _tiny(name: str) -> str:
-    return next((tiny for family, tiny in TINY.items() if family in name), name)
+    _, _, bare = name.partition(":")
+    return next((tiny for family, tiny in TINY.items() if bare.startswith(family)), name)
 
 
-def _tiny_transfers(recipe: Recipe, models: Mapping[str, Model]) -> dict[str, Transfer]:
+def _tiny_method(recipe: Recipe, models: Mapping[str, Model]) -> MergeNet | Distill:
+    if isinstance(recipe.method, MergeNet):
+        return replace(recipe.method, transfers=_tiny_transfers(recipe, recipe.method, models))
+    teachers = {
+        name: replace(teacher, name=_tiny(teacher.name), init=RANDOM, pretrained=False, image_size=0)
+        for name, teacher in recipe.method.teachers.items()
+    }
+    return replace(recipe.method, teachers=teachers)
+
+
+def _tiny_transfers(recipe: Recipe, method: MergeNet, models: Mapping[str, Model]) -> dict[str, Transfer]:
     sites: dict[str, str] = {}
-    for transfer in recipe.method.transfers.values():
+    for transfer in method.transfers.values():
         for option, site in (("source", transfer.source), ("target", transfer.target)):
             if site not in sites:
                 model, weight = split_site(site, f"--method.transfers: {option}")
@@ -78,7 +108,7 @@ def _tiny_transfers(recipe: Recipe, models: Mapping[str, Model]) -> dict[str, Tr
             rank=min(transfer.rank, DEBUG_RANK),
             source_rank=min(transfer.source_rank, DEBUG_RANK),
         )
-        for name, transfer in recipe.method.transfers.items()
+        for name, transfer in method.transfers.items()
     }
 
 

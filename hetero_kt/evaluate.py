@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,15 +15,19 @@ from hetero_kt.tasks import classification
 _ROWS = 256  # per rank and forward
 
 
-def evaluate(model: nn.Module, loader: Loader, device: torch.device | str) -> dict[str, float]:
-    """`loss` (nats), `top1` and `top5` (percent) of a model or engine over the loader's set. Collective.
+def evaluate(
+    model: nn.Module | Callable[[Tensor], Tensor], loader: Loader, device: torch.device | str
+) -> dict[str, float]:
+    """`loss` (nats), `top1` and `top5` (percent) of a model, an engine or any function from pictures to logits over the
+    loader's set. Collective.
 
     Every rank runs the same number of forwards and gets the same result. Each module's training mode is
     restored. BatchNorm uses the rank's own statistics: see `averaged_buffers`.
     """
     counts = torch.zeros(classification.COUNTS, dtype=torch.float64, device=device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    if isinstance(model, nn.Module):
+        model.eval()
     try:
         with torch.no_grad():
             for inputs, labels, weight in loader.eval_batches(_ROWS):

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +30,7 @@ from hetero_kt.trainer import Trainer
 
 def run_folder(recipe: Recipe) -> Path:
     """Where this recipe's run lives."""
-    return Path(recipe.output_dir) / recipe.name / recipe.method.control / f"seed{recipe.seed}"
+    return Path(recipe.output_dir) / recipe.name / recipe.method.arm / f"seed{recipe.seed}"
 
 
 def finished_steps(folder: Path) -> int:
@@ -92,18 +91,8 @@ def fingerprint(
 ) -> dict[str, dict[str, Any]]:
     """What a recipe only names: the samples of each data set, and the stage in each model's ZeRO file."""
     return {
-        "data": {name: [_samples(train[name].images), _samples(test[name].images)] for name in recipe.data},
+        "data": {name: [train[name].fingerprint(), test[name].fingerprint()] for name in recipe.data},
         "zero": {name: zero_block(model.zero)["stage"] for name, model in recipe.models.items()},
-    }
-
-
-def _samples(images: data.ImageSet) -> dict[str, int]:
-    """How many there are, and checksums of their labels and of about a hundred pictures."""
-    thinned = images.images[:: max(1, len(images) // 100)]
-    return {
-        "samples": len(images),
-        "labels": zlib.crc32(images.labels.cpu().numpy().tobytes()),
-        "pictures": zlib.crc32(thinned.cpu().contiguous().numpy().tobytes()),
     }
 
 
@@ -167,7 +156,7 @@ def write_result(recipe: Recipe, folder: Path, trainer: Trainer, measured: Mappi
     """`result.json`, written last: it marks a finished run."""
     result = {
         "recipe": recipe.name,
-        "control": recipe.method.control,
+        "control": recipe.method.arm,
         "seed": recipe.seed,
         "steps": trainer.step,
         "metrics": trainer.metrics,

@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from hetero_kt.checks import check, zero_block
-from hetero_kt.config import Control, Recipe, nearest, to_yaml
+from hetero_kt.config import MergeNet, Recipe, nearest, to_yaml
 from hetero_kt.debug import shrink
 from hetero_kt.distributed.launch import place
 
@@ -45,14 +45,14 @@ class Options:
     """Write a profile of a few steps into the run folder."""
     variant: str = "default"
     """Which of the launcher's recipes to start from."""
-    control: Control = "transfer"
-    """Run a control instead of the transfer."""
+    control: str = ""
+    """Run another arm of the experiment: a control instead of the transfer, or a baseline's objective."""
     resume: str = "auto"
     """`auto` goes on from the run folder's last checkpoint, `never` starts anew, PATH goes on from it."""
     zero_config: str = ""
     """File with DeepSpeed's `zero_optimization` block, for every trained model."""
-    compare: tuple[Control, ...] = ()
-    """Run these controls too, in the same process group, and print the comparison."""
+    compare: tuple[str, ...] = ()
+    """Run these arms too (controls, baselines), in the same process group, and print the comparison."""
     seeds: tuple[int, ...] = ()
     """Run every one of these seeds; empty runs the recipe's own."""
 
@@ -128,18 +128,23 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
     parsed = tyro.cli(
         _CommandLine,
         args=arguments,
-        default=_CommandLine(base, Options(variant=variant, control=base.method.control)),
-        description=f"{base.name}; variants: {', '.join(variants)}.",
+        default=_CommandLine(base, Options(variant=variant)),
+        description=f"{base.name}; variants: {', '.join(variants)}; for --control: {', '.join(base.method.arms())}.",
+        config=(tyro.conf.AvoidSubcommands,),  # the recipe has chosen its method
         console_outputs=is_first_rank(),
     )
     recipe, options = parsed.recipe, parsed.options
-    if options.control == base.method.control:
-        options = replace(options, control=recipe.method.control)
-    elif recipe.method.control not in (base.method.control, options.control):
+    for option, arm in [("--control", options.control), *(("--compare", arm) for arm in options.compare)]:
+        if arm and arm not in base.method.arms():
+            raise ValueError(f"{option} {arm} is unknown: use {nearest(arm, base.method.arms())}.")
+    if not options.control:
+        options = replace(options, control=recipe.method.arm)
+    elif recipe.method.arm not in (base.method.arm, options.control):
+        field = "control" if isinstance(recipe.method, MergeNet) else "objective"
         raise ValueError(
-            f"--control {options.control} and --method.control {recipe.method.control} disagree: give --control only."
+            f"--control {options.control} and --method.{field} {recipe.method.arm} disagree: give --control only."
         )
-    recipe = replace(recipe, method=replace(recipe.method, control=options.control))
+    recipe = replace(recipe, method=recipe.method.with_arm(options.control))
     if options.zero_config:
         zero_block(options.zero_config)
         everywhere = {name: replace(model, zero=options.zero_config) for name, model in recipe.models.items()}
@@ -157,11 +162,11 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
 
 def runs(recipe: Recipe, options: Options) -> list[Recipe]:
     """The recipes that one start works through: its own control and those of `--compare`, for each seed."""
-    controls = dict.fromkeys((recipe.method.control, *options.compare))
+    arms = dict.fromkeys((recipe.method.arm, *options.compare))
     return [
-        replace(recipe, seed=seed, method=replace(recipe.method, control=control))
+        replace(recipe, seed=seed, method=recipe.method.with_arm(arm))
         for seed in options.seeds or (recipe.seed,)
-        for control in controls
+        for arm in arms
     ]
 
 
@@ -219,10 +224,11 @@ def _check_keys(recipe: Recipe, arguments: Sequence[str]) -> None:
         for prefix, kind, entries in (
             (["models"], "model", recipe.models),
             (["data"], "data entry", recipe.data),
-            (["method", "transfers"], "transfer", recipe.method.transfers),
+            (["method", "transfers"], "transfer", getattr(recipe.method, "transfers", None)),
+            (["method", "teachers"], "teacher", getattr(recipe.method, "teachers", None)),
         ):
             depth = len(prefix)
-            if path[:depth] != prefix or len(path) <= depth:
+            if entries is None or path[:depth] != prefix or len(path) <= depth:
                 continue
             known = {_dashed(name) for name in typing.cast(Mapping[str, object], entries)}
             if _dashed(path[depth]) not in known:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,9 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hetero_kt import data, models
 from hetero_kt.checks import split_site, zero_block
-from hetero_kt.config import Model, Recipe
+from hetero_kt.config import Distill, MergeNet, Model, Recipe
+from hetero_kt.methods.fbt import connect
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import build_adapter
+from hetero_kt.nn.branches import Branches
+from hetero_kt.nn.fused import macs as connector_macs
+from hetero_kt.nn.fused import route
+from hetero_kt.nn.stages import Layout, Stages, split
 
 MOMENTS = {"sgd": 1, "adamw": 2}
 
@@ -39,14 +46,10 @@ def model_cost(module: nn.Module, model: Model, image_size: int, world: int) -> 
     stage = zero_block(model.zero)["stage"]
     width = 2 if model.precision == "bf16" else 4
     count = sum(p.numel() for p in module.parameters())
-    was_training = module.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module.eval()(torch.zeros(1, 3, image_size, image_size))
-    module.train(was_training)
     states = 4 * count * (1 + MOMENTS[model.optim.name])
     return ModelCost(
         parameters=count,
-        macs=counter.get_total_flops() // 2,
+        macs=_macs(module, torch.zeros(1, 3, image_size, image_size)),
         weight_bytes=width * count // (world if stage == 3 else 1),
         gradient_bytes=width * count // (world if stage >= 2 else 1),
         optimizer_bytes=states // (world if stage >= 1 else 1) if stage else states - 4 * count,
@@ -70,6 +73,7 @@ class TransferCost:
 
 def transfer_cost(recipe: Recipe, name: str, modules: dict[str, nn.Module]) -> TransferCost:
     """Cost of the transfer `name`."""
+    assert isinstance(recipe.method, MergeNet)
     transfer = recipe.method.transfers[name]
     shapes, gathered = [], []
     for site, rank in transfer.sites():
@@ -86,13 +90,93 @@ def transfer_cost(recipe: Recipe, name: str, modules: dict[str, nn.Module]) -> T
     return TransferCost(source, target, sum(p.numel() for p in adapter.parameters()), sum(gathered), gathered[1])
 
 
+@dataclass(frozen=True)
+class Connection:
+    """FBT's connector between one teacher and the student: what Table 6 of the appendix counts."""
+
+    way: str
+    """Whose stages it stands between."""
+    parameters: int
+    macs: int
+    """Multiply-accumulates of linear and convolution layers, one picture."""
+    branches: int
+    """Parameters of OFA's branches for the same student."""
+    branch_macs: int
+
+
+def connection(recipe: Recipe, teacher: str, student: nn.Module) -> Connection:
+    """The connector of the recipe's teacher `teacher`, beside OFA's branches.
+
+    Raises:
+        ValueError: a model that has no stages.
+    """
+    assert isinstance(recipe.method, Distill)
+    ((name, model),) = recipe.models.items()
+    pictures, config = recipe.data[model.data], recipe.method.teachers[teacher]
+    size = config.image_size or pictures.image_size
+    classes = data.classes(pictures, recipe.data_dir)
+    theirs = _staged(f"--method.teachers.{teacher}.name", models.build(config.name, classes, image_size=size), size)
+    ours = _staged(f"--models.{name}.name", student, pictures.image_size)
+    way = route(ours, theirs)
+    ends = {"student": ours, "teacher": theirs}
+    connector = connect(ends[way.front], ends[way.tail], recipe.method.fbt)
+    branches = Branches(ours, classes)
+    features = [torch.zeros(1, *_shape(layout)) for layout in ours.layouts]
+    return Connection(
+        f"{way.front} 1-3 -> L2G -> {way.tail} 4",
+        sum(p.numel() for p in connector.parameters()),
+        connector_macs(connector),
+        sum(p.numel() for p in branches.parameters()),
+        _macs(branches, features),
+    )
+
+
+def _staged(option: str, module: nn.Module, size: int) -> Stages:
+    try:
+        return split(module, size)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
+def _shape(layout: Layout) -> tuple[int, ...]:
+    if layout.form == "NCHW":
+        return (layout.channels, *layout.grid)
+    if layout.form == "NHWC":
+        return (*layout.grid, layout.channels)
+    return (layout.prefix + layout.grid[0] * layout.grid[1], layout.channels)
+
+
+def _macs(module: nn.Module, inputs: Any) -> int:
+    """Multiply-accumulates of one forward in eval mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(inputs)
+    for part, training in modes:
+        part.training = training
+    return counter.get_total_flops() // 2
+
+
 def show(recipe: Recipe, world: int) -> None:
     """Print the plan of `recipe` on `world` ranks; nothing is started and no data set is decoded."""
     modules = {
-        name: models.build(m.name, data.classes(recipe.data[m.data]), image_size=recipe.data[m.data].image_size)
+        name: models.build(
+            m.name,
+            data.classes(recipe.data[m.data], recipe.data_dir),
+            image_size=recipe.data[m.data].image_size,
+        )
         for name, m in recipe.models.items()
     }
     console = Console(highlight=False, width=110)
+    console.print(_models_table(recipe, modules, world))
+    if isinstance(recipe.method, MergeNet):
+        console.print(_transfers_table(recipe, recipe.method, modules))
+    else:
+        for table in _teachers_tables(recipe, recipe.method, modules, world):
+            console.print(table)
+
+
+def _models_table(recipe: Recipe, modules: dict[str, nn.Module], world: int) -> Table:
     table = Table(title=f"{recipe.name} on {world} rank(s): memory per rank without activations")
     for heading in (
         "model",
@@ -110,26 +194,72 @@ def show(recipe: Recipe, world: int) -> None:
         table.add_row(
             name,
             str(zero_block(model.zero)["stage"]),
-            f"{cost.parameters / 1e6:.2f}M",
-            f"{cost.macs / 1e9:.3f}G",
+            _millions(cost.parameters),
+            _billions(cost.macs),
             *(_bytes(b) for b in (cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes, cost.sent_bytes)),
         )
-    console.print(table)
+    return table
+
+
+def _transfers_table(recipe: Recipe, method: MergeNet, modules: dict[str, nn.Module]) -> Table:
     table = Table(title="transfers: bytes gathered each time")
     for heading in ("transfer", "cycle", "source", "target", "adapter", "before the step", "after it"):
         table.add_column(heading, justify="left" if heading == "transfer" else "right")
-    for name, transfer in recipe.method.transfers.items():
+    for name, transfer in method.transfers.items():
         path = transfer_cost(recipe, name, modules)
         table.add_row(
             name,
             str(transfer.cycle),
             "x".join(map(str, path.source)),
             "x".join(map(str, path.target)),
-            f"{path.adapter / 1e6:.2f}M",
+            _millions(path.adapter),
             _bytes(path.gathered_before),
             _bytes(path.gathered_after),
         )
-    console.print(table)
+    return table
+
+
+def _teachers_tables(recipe: Recipe, method: Distill, modules: dict[str, nn.Module], world: int) -> Iterator[Table]:
+    ((_, student),) = modules.items()
+    ((_, model),) = recipe.models.items()
+    pictures = recipe.data[model.data]
+    table = Table(title="frozen teachers: no gradients, no optimizer")
+    for heading in ("teacher", "kept", "parameters", "MACs / picture", "weights"):
+        table.add_column(heading, justify="left" if heading in ("teacher", "kept") else "right")
+    for name, teacher in method.teachers.items():
+        size = teacher.image_size or pictures.image_size
+        module = models.build(teacher.name, data.classes(pictures, recipe.data_dir), image_size=size)
+        count = sum(p.numel() for p in module.parameters())
+        table.add_row(
+            name,
+            "in pieces" if teacher.zero else "whole",
+            _millions(count),
+            _billions(_macs(module, torch.zeros(1, 3, size, size))),
+            _bytes(4 * count / (world if teacher.zero else 1)),
+        )
+    yield table
+    table = Table(title="what training adds to the student, and drops afterwards (appendix, Table 6)")
+    for heading in ("teacher", "fused model", "L2G", "MACs", "OFA's branches", "MACs "):
+        table.add_column(heading, justify="left" if heading in ("teacher", "fused model") else "right")
+    for name in method.teachers:
+        found = connection(recipe, name, student)
+        table.add_row(
+            name,
+            found.way,
+            _millions(found.parameters),
+            _billions(found.macs),
+            _millions(found.branches),
+            _billions(found.branch_macs),
+        )
+    yield table
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.2f}M"
+
+
+def _billions(number: int) -> str:
+    return f"{number / 1e9:.3f}G"
 
 
 def _bytes(number: float) -> str:

@@ -9,30 +9,24 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from hetero_kt import data, models, plan, report
-from hetero_kt.checks import check, split_site, zero_block
-from hetero_kt.config import Model, Recipe
+from hetero_kt import parts, plan, report
+from hetero_kt.checks import check
+from hetero_kt.config import Recipe
+from hetero_kt.data import Loader
 from hetero_kt.distributed import launch
-from hetero_kt.distributed.engine import build_engine, build_schedule
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import evaluate
 from hetero_kt.folder import check_same_data, fingerprint, look, open_folder, run_folder, write_result
-from hetero_kt.methods import Diverged, mergenet
-from hetero_kt.nn import reencode
-from hetero_kt.nn.adapter import AdapterConfig
+from hetero_kt.methods import Diverged
 from hetero_kt.options import Options, leave, parse, runs
-from hetero_kt.tasks import classification
 from hetero_kt.trainer import Trainer
 
 
@@ -87,32 +81,33 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
             print(f"{folder} is finished: nothing to do (use --resume never to start over)", flush=True)
         return True
     with _agreed(ranks):
-        modules = {name: module.to(ranks.device) for name, module in build_models(recipe).items()}
-        train, test = _loaders(recipe, ranks)
+        modules = {name: module.to(ranks.device) for name, module in parts.build_models(recipe).items()}
+        train, test = parts.build_loaders(recipe, ranks)
         seen_data = fingerprint(recipe, train, test)
         if start_from is not None:
             check_same_data(recipe, seen_data, start_from.parents[1], options.resume)
-    with _agreed(ranks):  # by itself: an exchange makes its adapters equal on all ranks, which all have to reach
-        adapters = _check_transfers(recipe, modules)
+    with _agreed(ranks):  # by itself: what a method adds is made equal on all ranks, which all have to reach
+        prepared = parts.prepare(recipe, modules, train, ranks)
     with _agreed(ranks):
         if ranks.first:
             open_folder(recipe, options, folder, seen_data)
-    parameters = {name: _parameters(module) for name, module in modules.items()}
+    parameters = {name: parts.parameters(module) for name, module in modules.items()}
     if ranks.first:
-        _announce(recipe, parameters, adapters, train, start_from)
+        _announce(recipe, parameters, prepared, train, start_from)
 
     torch.manual_seed(recipe.seed * 100_003 + 1 + ranks.rank)  # dropout differs between ranks, weights do not
-    method = _method(recipe, modules, ranks)
+    method = prepared.start()
     trainer = Trainer(
         recipe,
         method,
         lambda step: _batches(recipe, train, step),
-        lambda name: evaluate(method.engines[name], test[recipe.models[name].data], ranks.device),
+        lambda name, model: evaluate(model, test[recipe.models[name].data], ranks.device),
         folder,
         ranks,
         stop,
         last=last,
     )
+    trainer.measured = lambda: {k: v for loader in train.values() for k, v in loader.throughput().items()}
     try:
         if start_from is not None:
             trainer.resume(start_from)
@@ -124,18 +119,24 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
             )
         if done:
             trainer.export()
+            measured = {
+                "parameters": parameters,
+                "added_parameters": prepared.parameters,
+                "teachers": parts.evaluate_teachers(recipe, prepared, test, ranks),
+                **method.measured(),
+                "wall_seconds": round(time.perf_counter() - started, 1),
+            }
             if ranks.first:
-                measured = {
-                    "parameters": parameters,
-                    "adapter_parameters": adapters,
-                    "bytes_gathered": method.exchange.traffic.bytes,
-                    "wall_seconds": round(time.perf_counter() - started, 1),
-                }
+                _say(train, test)
                 write_result(recipe, folder, trainer, measured)
         dist.barrier()
     finally:
-        for engine in method.engines.values():
-            engine.destroy()
+        for learner in method.learners.values():
+            learner.engine.destroy()
+        for teacher in prepared.teachers.values():
+            teacher.stop()
+        for loader in (*train.values(), *test.values()):
+            loader.close()
     return done
 
 
@@ -159,145 +160,34 @@ def _agreed(ranks: Ranks) -> Iterator[None]:
         raise UserError(f"rank {found}: {problems[found]}" if found else problems[0])
 
 
-def build_models(recipe: Recipe) -> dict[str, nn.Module]:
-    """Every model, from a random stream of its own (so that no control changes another model's start), with the
-    layers that exchange a factor re-parametrised."""
-    modules = {}
-    for name, model in recipe.models.items():
-        launch.seed_everything(recipe.seed * 100_003 + zlib.crc32(name.encode()) % 100_003)
-        modules[name] = models.build(
-            model.name,
-            data.classes(recipe.data[model.data]),
-            pretrained=model.pretrained,
-            image_size=recipe.data[model.data].image_size,
-            init=model.init,
-        )
-        _check_precision(f"--models.{name}.precision", model.precision, modules[name])
-    for label, transfer in recipe.method.transfers.items():
-        if transfer.mode == "factor":
-            for side, (site, rank) in zip(("source", "target"), transfer.sites(), strict=True):
-                _factorise(modules, site, rank, f"{label}.{side}")
-    return modules
-
-
-def _check_precision(option: str, precision: str, module: nn.Module) -> None:
-    """BatchNorm's running statistics are sums of many small steps, which parameters stored in bf16 would round away."""
-    if precision == "bf16" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-        raise ValueError(f"{option} bf16 does not suit the BatchNorm in this model: use autocast.")
-
-
-def _factorise(modules: Mapping[str, nn.Module], site: str, rank: int, option: str) -> None:
-    model, weight = split_site(site)
-    try:
-        if reencode.factor_parameter(modules[model], weight) is None:  # two transfers may share a site
-            reencode.factorise(modules[model], weight, rank)
-    except ValueError as error:
-        raise ValueError(f"--method.transfers.{option} {site}: {error}") from error
-
-
-def _check_transfers(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Parameters of each transfer's adapter. On the plain modules, before an engine starts, every transfer is tried
-    alone, so that a complaint has its option, and then all of them together."""
-    transfers = _transfers(recipe, modules)
-    for name, transfer in transfers.items():
-        try:
-            _exchange(recipe, [transfer])
-        except ValueError as error:
-            raise ValueError(f"--method.transfers.{name}: {error}") from error
-    try:
-        adapters = _exchange(recipe, list(transfers.values())).adapters()
-    except ValueError as error:
-        raise ValueError(f"--method.transfers: {error}") from error
-    return {name: _parameters(adapter) for name, adapter in adapters.items()}
-
-
-def _exchange(recipe: Recipe, transfers: Sequence[mergenet.Transfer]) -> mergenet.Exchange:
-    return mergenet.Exchange(transfers, control=recipe.method.control, seed=recipe.seed, steps=recipe.steps)
-
-
-def _transfers(recipe: Recipe, owners: Mapping[str, Any]) -> dict[str, mergenet.Transfer]:
-    """The recipe's transfers between `owners`, which are engines or plain modules."""
-    transfers = {}
-    for name, t in recipe.method.transfers.items():
-        mode: Literal["svd", "full"] = "svd" if t.mode == "svd" else "full"
-        source, target = (
-            mergenet.Site(owners[model], weight, mode, rank)
-            for (model, weight), rank in ((split_site(site), rank) for site, rank in t.sites())
-        )
-        transfers[name] = mergenet.Transfer(
-            source,
-            target,
-            cycle=t.cycle,
-            adapter=_with_gate(t.adapter, recipe.models[split_site(t.target)[0]]),
-            optim=t.optim,
-            schedule=t.schedule,
-            update=t.update,
-            moments=t.moments,
-            name=name,
-        )
-    return transfers
-
-
-def _with_gate(adapter: AdapterConfig, target: Model) -> AdapterConfig:
-    """A pretrained target starts from a closed gate, so that the first proposals do not destroy it."""
-    return replace(adapter, gate=0.0) if adapter.gate == "auto" and (target.pretrained or target.init) else adapter
-
-
-def _method(recipe: Recipe, modules: Mapping[str, nn.Module], ranks: Ranks) -> mergenet.MergeNet:
-    engines, schedules = {}, {}
-    for name, model in recipe.models.items():
-        rows = recipe.data[model.data].batch // ranks.world
-        micro = model.micro_batch or rows
-        engines[name] = build_engine(
-            modules[name],
-            optim=model.optim,
-            zero=zero_block(model.zero),
-            precision=model.precision,
-            micro_batch=micro,
-            accumulation=rows // micro,
-        )
-        schedules[name] = build_schedule(engines[name].optimizer, model.schedule, recipe.steps)
-    exchange = _exchange(recipe, list(_transfers(recipe, engines).values()))
-    return mergenet.MergeNet(engines, exchange, classification.loss, schedules)
-
-
-def _loaders(recipe: Recipe, ranks: Ranks) -> tuple[dict[str, data.Loader], dict[str, data.Loader]]:
-    """Training and evaluation loaders, by the name of the data."""
-    train: dict[str, data.Loader] = {}
-    test: dict[str, data.Loader] = {}
-    for name, d in recipe.data.items():
-        place = (ranks.rank, ranks.world, ranks.device)
-        images = data.load(d, recipe.data_dir, train=True)
-        train[name] = data.Loader(images, d.batch, recipe.seed, d.augment, *place)
-        test[name] = data.Loader(data.load(d, recipe.data_dir, train=False), d.batch, recipe.seed, (), *place)
-    return train, test
-
-
-def _batches(recipe: Recipe, loaders: Mapping[str, data.Loader], step: int) -> dict[str, Any]:
+def _batches(recipe: Recipe, loaders: Mapping[str, Loader], step: int) -> dict[str, Any]:
     """Each model's batch; models that name the same data share one."""
     drawn = {name: loader.batch(step) for name, loader in loaders.items()}
     return {name: drawn[model.data] for name, model in recipe.models.items()}
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def _announce(
     recipe: Recipe,
     parameters: Mapping[str, int],
-    adapters: Mapping[str, int],
-    train: Mapping[str, data.Loader],
+    prepared: parts.Prepared,
+    train: Mapping[str, Loader],
     at: Path | None,
 ) -> None:
-    text = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in parameters.items())
-    text += "".join(f", adapter {name} {n / 1e6:.2f}M" for name, n in adapters.items())
+    counts = {**parameters, **prepared.parameters}
+    counts |= {f"teacher {name}": parts.parameters(teacher.module) for name, teacher in prepared.teachers.items()}
+    text = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in counts.items())
     resumed = f", from step {at.name}" if at else ""
-    print(f"{recipe.name}: {recipe.method.control}, seed {recipe.seed}{resumed} ({text} parameters)", flush=True)
+    print(f"{recipe.name}: {recipe.method.arm}, seed {recipe.seed}{resumed} ({text} parameters)", flush=True)
     for name, loader in train.items():
-        dropped = len(loader.images) % loader.global_batch if loader.global_batch < len(loader.images) else 0
+        dropped = loader.samples % loader.global_batch if loader.global_batch < loader.samples else 0
         if dropped:
             print(f"{name}: {dropped} samples an epoch are dropped: batch {loader.global_batch}", flush=True)
+
+
+def _say(train: Mapping[str, Loader], test: Mapping[str, Loader]) -> None:
+    """What the loaders left out."""
+    for notice in dict.fromkeys(n for loader in (*train.values(), *test.values()) for n in loader.notices()):
+        print(notice, flush=True)
 
 
 @contextmanager

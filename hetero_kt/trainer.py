@@ -6,16 +6,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from hetero_kt.config import Recipe
@@ -34,7 +35,7 @@ class Trainer:
 
     Args:
         batches: step -> {model: batch}; a pure function, so that a resume needs no more than the step.
-        evaluate: model's name -> its metrics; collective.
+        evaluate: (model's name, the model) -> its metrics; collective.
         last: stop after this many steps; the schedules still belong to the whole run.
     """
 
@@ -43,7 +44,7 @@ class Trainer:
         recipe: Recipe,
         method: Method,
         batches: Callable[[int], Mapping[str, Any]],
-        evaluate: Callable[[str], dict[str, float]],
+        evaluate: Callable[[str, nn.Module], dict[str, float]],
         folder: Path,
         ranks: Ranks,
         stop: StopSignal,
@@ -53,13 +54,23 @@ class Trainer:
         self.recipe, self.method, self.batches, self.evaluate = recipe, method, batches, evaluate
         self.folder, self.ranks, self.stop, self.last = folder, ranks, stop, last
         self.after_step: Callable[[], None] = lambda: None
+        self.measured: Callable[[], Mapping[str, float]] = dict
         self.checkpoints = folder / "checkpoints"
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
 
+    @property
+    def engines(self) -> dict[str, DeepSpeedEngine]:
+        """The engine of everything that trains."""
+        return {name: learner.engine for name, learner in self.method.learners.items()}
+
     def resume(self, path: Path) -> None:
         """Continue from the checkpoint `path`."""
-        self.method.load_state_dict(checkpoint.load(path, self.method.engines))
+        shared, local = checkpoint.load(path, self.engines)
+        self.method.load_state_dict(shared["method"])
+        for name, learner in self.method.learners.items():
+            learner.load_state_dict(shared["learners"][name])
+            learner.load_local_state(local["learners"][name])
         self.step = int(path.name)
 
     def fit(self) -> bool:
@@ -72,6 +83,7 @@ class Trainer:
         # A checkpoint may be older than its step's evaluation (a signal came first): a resumed run makes sure of it.
         again = self.step > 0 and self._due(recipe.eval_every)
         self.log = _Log(self.folder, self.step, self.last, recipe.name, self.ranks, evaluated_again=again)
+        self.log.measured = self.measured
         with self.log:
             if again:
                 self.evaluate_all()
@@ -108,27 +120,38 @@ class Trainer:
     def evaluate_all(self) -> None:
         """Every model's metrics, with BatchNorm statistics averaged over ranks for the while."""
         self.metrics = {}
-        for name, model in self.method.models.items():
-            with averaged_buffers(model):
-                self.metrics[name] = self.evaluate(name)
+        for name, view, engine in self._views():
+            self.metrics[view] = self.evaluate(name, engine)
         self.log.scalars(
             self.step,
             {f"{name}/test_{k}": v for name, values in self.metrics.items() for k, v in values.items()},
         )
 
+    def _views(self) -> Iterator[tuple[str, str, DeepSpeedEngine]]:
+        """Every model as itself and, where it keeps one, as the average of its weights: (name, view, engine)."""
+        for name in self.method.models:
+            learner = self.method.learners[name]
+            for view in learner.views(name):
+                with learner.seen_as(name, view) as engine, averaged_buffers(engine.module):
+                    yield name, view, engine
+
     def save(self) -> None:
         """A checkpoint of this step. Collective."""
-        checkpoint.save(
-            self.checkpoints, self.step, self.method.engines, self.method.state_dict(), keep=self.recipe.keep
-        )
+        learners = self.method.learners
+        shared = {
+            "method": self.method.state_dict(),
+            "learners": {name: learner.state_dict() for name, learner in learners.items()},
+        }
+        local = {"learners": {name: learner.local_state() for name, learner in learners.items()}}
+        checkpoint.save(self.checkpoints, self.step, self.engines, shared, local, keep=self.recipe.keep)
 
     def export(self) -> None:
-        """Every model alone, as plain safetensors: adapters gone, factors multiplied out. Collective."""
-        for name, engine in self.method.engines.items():
-            with averaged_buffers(engine.module):
-                state = params.state_dict(engine)
+        """Every model alone, as plain safetensors: teachers, adapters and connectors gone, factors multiplied out.
+        Collective."""
+        for name, view, _ in self._views():
+            state = params.state_dict(self.engines[name])
             if self.ranks.first:
-                target = self.folder / "export" / f"{name}.safetensors"
+                target = self.folder / "export" / f"{view}.safetensors"
                 target.parent.mkdir(exist_ok=True)
                 plain = {key: value.contiguous() for key, value in plain_state_dict(state).items()}
                 save_file(plain, target.with_suffix(".part"))
@@ -144,6 +167,7 @@ class _Log:
     def __init__(self, folder: Path, start: int, last: int, name: str, ranks: Ranks, *, evaluated_again: bool) -> None:
         self.folder, self.start, self.last, self.ranks = folder, start, last, ranks
         self.evaluated_again = evaluated_again
+        self.measured: Callable[[], Mapping[str, float]] = dict
         self.sums: dict[str, Tensor] = {}
         self.transfers: list[tuple[int, dict[str, Tensor]]] = []
         self.count = 0
@@ -190,7 +214,7 @@ class _Log:
     def add(self, step: int, scalars: Mapping[str, Tensor]) -> None:
         """One step's scalars, left where they are."""
         measured = dict(scalars)
-        for name in [name for name in scalars if name.endswith("/loss")]:
+        for name in [name for name in scalars if name.endswith("loss")]:
             value = measured.pop(name)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         if measured:
@@ -211,7 +235,7 @@ class _Log:
                 self._record(at, measured)
             else:
                 values |= measured
-        values["seconds_per_step"] = seconds / self.count
+        values |= {"seconds_per_step": seconds / self.count, **self.measured()}
         self.sums, self.transfers, self.count, self.clock = {}, [], 0, time.perf_counter()
         self.scalars(step, values)
 

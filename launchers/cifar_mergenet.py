@@ -52,6 +52,7 @@ def default() -> Recipe:
 
 def one_way() -> Recipe:
     base = default()
+    assert isinstance(base.method, MergeNet)
     transfers = {"to_mobilenetv2": base.method.transfers["to_mobilenetv2"]}
     return replace(base, name="cifar_mergenet_one_way", method=MergeNet(transfers))
 
@@ -61,6 +62,7 @@ def paper() -> Recipe:
     optim = Optim("adamw", lr=1e-2, weight_decay=1e-4)
     models = {k: replace(m, optim=optim, schedule=Schedule("cosine")) for k, m in base.models.items()}
     published = AdapterConfig(width="published", input="raw", output="layernorm")
+    assert isinstance(base.method, MergeNet)
     transfers = {k: replace(t, adapter=published, optim=ADAPTER) for k, t in base.method.transfers.items()}
     return replace(base, name="cifar_mergenet_paper", models=models, method=MergeNet(transfers), steps=100 * EPOCH)
 

@@ -42,6 +42,7 @@ def recipe(block: str) -> Recipe:
 
 def paper(block: str) -> Recipe:
     base = recipe(block)
+    assert isinstance(base.method, MergeNet)
     optim = Optim("adamw", lr=1e-2, weight_decay=1e-4)
     model = replace(base.models["mobilenetv2"], optim=optim, schedule=Schedule("cosine"))
     published = AdapterConfig(width="published", input="raw", output="layernorm")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hetero_kt.config import Optim, Schedule
 from hetero_kt.distributed import params
 from hetero_kt.distributed.engine import build_engine, build_schedule
+from hetero_kt.distributed.learner import Learner
 from hetero_kt.methods.mergenet import Exchange, MergeNet, Site, Transfer
 from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.reencode import factor_parameter
@@ -141,8 +142,11 @@ def train(
         accumulation=accumulation,
     )
     exchange = Exchange(mutual(engines, adapter, optim.name, update=update), control=control)
-    schedules = {n: build_schedule(e.optimizer, Schedule(name="constant"), STEPS) for n, e in engines.items()}
-    method = MergeNet(engines, exchange, loss, schedules)
+    learners = {
+        name: Learner(engine, build_schedule(engine.optimizer, Schedule(name="constant"), STEPS))
+        for name, engine in engines.items()
+    }
+    method = MergeNet(learners, exchange, dict.fromkeys(engines, loss))
     losses = []
     for step in range(STEPS):
         rows = batch(step, rank, world)

@@ -8,9 +8,10 @@ import pytest
 import torch.distributed as dist
 from small import zero
 
-from hetero_kt import models, plan, run
+from hetero_kt import models, parts, plan
 from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Transfer
 from hetero_kt.distributed.engine import build_engine
+from hetero_kt.distributed.launch import Ranks
 from hetero_kt.options import without_local_rank
 from hetero_kt.tasks import classification
 
@@ -51,13 +52,15 @@ def recipe(mode: Any) -> Recipe:
 
 def measured_bytes(mode: Any) -> tuple[int, int]:
     one = recipe(mode)
-    modules = run.build_models(one)
+    modules = parts.build_models(one)
     engines = {
         name: build_engine(m, optim=Optim(), zero=zero(3), micro_batch=8 // dist.get_world_size())
         for name, m in modules.items()
     }
-    exchange = run._exchange(one, list(run._transfers(one, engines).values()))
-    loader = run._loaders(one, run.Ranks(dist.get_rank(), dist.get_world_size(), 0, engines["resnet"].device))[0]["d"]
+    assert isinstance(one.method, MergeNet)
+    exchange = parts._exchange(one, list(parts._transfers(one, one.method, engines).values()))
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), 0, engines["resnet"].device)
+    loader = parts.build_loaders(one, ranks)[0]["d"]
     exchange.propose()
     before = exchange.traffic.bytes
     for engine in engines.values():

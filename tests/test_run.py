@@ -28,6 +28,7 @@ from hetero_kt.distributed.launch import Ranks
 from hetero_kt.evaluate import evaluate
 from hetero_kt.folder import run_folder
 from hetero_kt.options import Options
+from hetero_kt.parts import Prepared
 from hetero_kt.report import read_metrics
 
 STEPS = 4
@@ -106,7 +107,8 @@ def test_samples_that_no_batch_takes_are_announced(
 ) -> None:
     recipe = tiny.recipe(tmp_path)
     images = data.load(recipe.data["all"], train=True)
-    running._announce(recipe, {}, {}, {"all": Loader(images, batch, 0, ())}, None)
+    nothing = Prepared({}, {}, lambda: None)  # type: ignore[arg-type, return-value]
+    running._announce(recipe, {}, nothing, {"all": Loader(images, batch, 0, ())}, None)
     _, *others = capsys.readouterr().out.splitlines()
     assert others == ([f"all: {dropped} samples an epoch are dropped: batch {batch}"] if dropped else [])
 

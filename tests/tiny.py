@@ -131,7 +131,7 @@ def _train(base: Recipe, options: Options, plan: Plan) -> bytes:
             super().export()
             end["after_export"] = state(self)
             if plan.logits:
-                end["logits"] = {name: _logits(engine) for name, engine in self.method.engines.items()}
+                end["logits"] = {name: _logits(engine) for name, engine in self.engines.items()}
 
     with _patched(plan.dropout), handlers_kept(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -149,7 +149,7 @@ def _train(base: Recipe, options: Options, plan: Plan) -> bytes:
 def state(trainer: Trainer) -> dict[str, Any]:
     """Weights, each rank's buffers, optimizers' states, adapters and random states."""
     found: dict[str, Any] = {"buffers": _buffers(trainer)}
-    for name, engine in trainer.method.engines.items():
+    for name, engine in trainer.engines.items():
         module = engine.module
         if engine.zero_optimization_stage() == 3:  # else the test would test nothing
             assert all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in module.parameters())
@@ -164,7 +164,7 @@ def state(trainer: Trainer) -> dict[str, Any]:
 
 
 def _buffers(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    return {name: dict(engine.module.named_buffers()) for name, engine in trainer.method.engines.items()}
+    return {name: dict(engine.module.named_buffers()) for name, engine in trainer.engines.items()}
 
 
 def _logits(engine: Any) -> Tensor:

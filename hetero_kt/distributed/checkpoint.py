@@ -2,7 +2,7 @@
 
     checkpoints/<step>/<engine>/...   DeepSpeed's own files: weights, fp32 masters, moments
     checkpoints/<step>/rank<k>.pt     what only rank k knows: its buffers and random state
-    checkpoints/<step>/method.pt      the method's own state (adapters, their optimizers)
+    checkpoints/<step>/method.pt      what is equal on all ranks and no engine's: adapters, their optimizers, averages
     checkpoints/<step>/DONE           written last: every other file's size; without it the folder does not count
 
 Saving changes no state: every rank's buffers are kept as they are, so a resumed run is bit-equal to an uninterrupted
@@ -32,10 +32,16 @@ def save(
     folder: Path,
     step: int,
     engines: Mapping[str, DeepSpeedEngine],
-    method_state: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    local: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write `folder/<step>`; collective. Older complete checkpoints beyond `keep` go, and so do torn ones."""
+    """Write `folder/<step>`; collective. Older complete checkpoints beyond `keep` go, and so do torn ones.
+
+    Args:
+        shared: plain state that is equal on all ranks and in no engine; the first rank's is written.
+        local: each rank's own.
+    """
     target = folder / str(step)
     if (target / "DONE").exists():
         return target
@@ -50,10 +56,11 @@ def save(
     mine = {
         "buffers": {name: dict(engine.module.named_buffers()) for name, engine in engines.items()},
         "random": random_state(),
+        "local": dict(local),
     }
     torch.save(mine, target / f"rank{rank}.pt")
     if rank == 0:
-        torch.save(dict(method_state), target / "method.pt")
+        torch.save(dict(shared), target / "method.pt")
     dist.barrier()
     if rank == 0:
         sizes = {str(file.relative_to(target)): file.stat().st_size for file in target.rglob("*.pt")}
@@ -102,8 +109,9 @@ def check(path: Path, world: int) -> None:
             raise ValueError(f"--resume: {file} has {file.stat().st_size} bytes and was saved with {size}: {REMOVE}.")
 
 
-def load(path: Path, engines: Mapping[str, DeepSpeedEngine]) -> dict[str, Any]:
-    """Restore every engine, this rank's buffers and its random state; returns the method's state. Collective.
+def load(path: Path, engines: Mapping[str, DeepSpeedEngine]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore every engine, this rank's buffers and its random state; returns what was saved as (`shared`, this rank's
+    `local`). Collective.
 
     Raises:
         ValueError: as `check`.
@@ -119,7 +127,7 @@ def load(path: Path, engines: Mapping[str, DeepSpeedEngine]) -> dict[str, Any]:
         restore_buffers(engine.module, mine["buffers"][name])
     restore_random_state(mine["random"])
     # Onto the CPU: `load_state_dict` moves what belongs elsewhere, and Adam's step counts belong nowhere else.
-    return torch.load(path / "method.pt", weights_only=True, map_location="cpu")
+    return torch.load(path / "method.pt", weights_only=True, map_location="cpu"), mine["local"]
 
 
 def restore_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hetero_kt.config import Control, Optim, Schedule
 from hetero_kt.distributed import params
 from hetero_kt.distributed.engine import build_optimizer, build_schedule
+from hetero_kt.distributed.learner import Learner
 from hetero_kt.methods import Diverged
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import Adapter, AdapterConfig, build_adapter, standardise
@@ -520,44 +521,38 @@ class MergeNet:
     """Co-trained models on DeepSpeed engines, and the exchange between them: the method that the trainer runs.
 
     Args:
-        engines: one engine a model, by the model's name.
-        loss: (engine, batch) -> scalar loss.
-        schedules: name -> a timm scheduler of that engine's optimizer.
+        learners: one a model, by the model's name.
+        losses: the model's name -> (engine, batch) -> scalar loss.
     """
 
     def __init__(
         self,
-        engines: dict[str, DeepSpeedEngine],
+        learners: dict[str, Learner],
         exchange: Exchange,
-        loss: Callable[[nn.Module, Any], Tensor],
-        schedules: Mapping[str, Any],
+        losses: Mapping[str, Callable[[nn.Module, Any], Tensor]],
     ) -> None:
-        self.engines, self.exchange, self.loss, self.schedules = engines, exchange, loss, schedules
-
-    @property
-    def models(self) -> dict[str, nn.Module]:
-        """What is evaluated and exported."""
-        return {name: engine.module for name, engine in self.engines.items()}
+        self.learners, self.exchange, self.losses = learners, exchange, losses
+        self.models = tuple(learners)
 
     def step(self, step: int, batches: Mapping[str, Any]) -> dict[str, Tensor]:
         """One optimizer step of every model, a transfer first where one is due; `{name: scalar}` on the device."""
         self.exchange.propose()
         log = {}
-        for name, engine in self.engines.items():
-            self.schedules[name].step_update(step)
-            log[f"{name}/loss"] = self._accumulate(engine, batches[name])
+        for name, learner in self.learners.items():
+            learner.begin(step)
+            log[f"{name}/loss"] = self._accumulate(learner.engine, batches[name], self.losses[name])
         self.exchange.observe()
-        for engine in self.engines.values():
-            engine.step()
+        for learner in self.learners.values():
+            learner.step()
         return log | self.exchange.learn()
 
-    def _accumulate(self, engine: DeepSpeedEngine, batch: Any) -> Tensor:
+    def _accumulate(self, engine: DeepSpeedEngine, batch: Any, loss_of: Callable[[nn.Module, Any], Tensor]) -> Tensor:
         """Backward over the micro-batches of this rank's share; every one but the last also takes DeepSpeed's
         (empty) step, which only counts. The last one's step is the caller's, after `observe`."""
         pieces = list(zip(*(rows.split(engine.train_micro_batch_size_per_gpu()) for rows in batch), strict=True))
         total = torch.zeros((), device=engine.device)
         for i, piece in enumerate(pieces):
-            loss = self.loss(engine, piece)
+            loss = loss_of(engine, piece)
             engine.backward(loss)
             total += loss.detach() / len(pieces)
             if i + 1 < len(pieces):
@@ -569,3 +564,6 @@ class MergeNet:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.exchange.load_state_dict(state)
+
+    def measured(self) -> dict[str, Any]:
+        return {"bytes_gathered": self.exchange.traffic.bytes}

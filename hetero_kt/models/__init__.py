@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from torch import nn
 
-from hetero_kt.models import cifar
+from hetero_kt.models import cifar, swin
 
 __all__ = ["build", "classifier", "irb_projection", "known"]
+
+swin.register()
 
 
 def build(name: str, classes: int, *, pretrained: bool = False, image_size: int = 32, init: str = "") -> nn.Module:

@@ -24,10 +24,13 @@ def logits(model: nn.Module | Callable[[Tensor], Tensor], inputs: Tensor) -> Ten
     return model(inputs).float()
 
 
-def loss(model: nn.Module | Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy over the rows of `batch`: inputs (B, ...) and labels (B,); a scalar in nats."""
-    inputs, labels_B = batch
-    return F.cross_entropy(logits(model, inputs), labels_B)
+def loss(
+    model: nn.Module | Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor], label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean cross-entropy over the rows of `batch`, a scalar in nats: inputs (B, ...), and labels (B,) or mixed ones
+    (B, K)."""
+    inputs, labels = batch
+    return F.cross_entropy(logits(model, inputs), labels, label_smoothing=label_smoothing)
 
 
 def count(logits_BK: Tensor, labels_B: Tensor, weight_B: Tensor) -> Tensor:

@@ -1,0 +1,177 @@
+"""Frozen teachers: where their weights come from, and how they see the student's pictures.
+
+Shape suffixes: B rows, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetero_kt.config import Teacher
+from hetero_kt.models import build
+from hetero_kt.nn.stages import Stages, expose
+
+RANDOM = "random"
+"""As a teacher's `init`: no weights but fresh ones, to try things out."""
+RUN = "run:"
+
+
+class Frozen:
+    """A teacher: no gradients for its parameters, always in eval mode, never in an optimizer or a checkpoint.
+
+    Args:
+        mean, std: of the pictures that it is given; it takes them back and applies its own.
+        own_mean, own_std: what it was trained with.
+        image_size: pixels that it was built for; pictures of another size are resized (bicubic).
+        zero: DeepSpeed's block of stage 3 to keep it in pieces over the ranks; None keeps a whole copy on each.
+        autocast: compute in bf16.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        stages: Stages,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        own_mean: tuple[float, ...],
+        own_std: tuple[float, ...],
+        image_size: int,
+        zero: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        autocast: bool = False,
+    ) -> None:
+        self.module, self.stages = module.requires_grad_(False).eval(), stages
+        self.image_size, self.zero, self.device, self.autocast = image_size, zero, torch.device(device), autocast
+        self.engine: Any = None
+        given = [torch.tensor(values).view(1, -1, 1, 1).to(device) for values in (mean, std)]
+        own = [torch.tensor(values).view(1, -1, 1, 1).to(device) for values in (own_mean, own_std)]
+        self.same = (tuple(mean), tuple(std)) == (tuple(own_mean), tuple(own_std))
+        self.scale, self.shift = given[1] / own[1], (given[0] - own[0]) / own[1]
+
+    def start(self) -> None:
+        """Take its place on the device, or over the ranks. Collective."""
+        if self.zero is None:
+            self.module.to(self.device)
+            return
+        import deepspeed
+
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": self.zero, "steps_per_print": 1_000_000_000}
+        # Called as a module, not as an engine: an engine without an optimizer refuses to be part of a backward.
+        self.engine, *_ = deepspeed.initialize(model=self.module, config=config)
+
+    def stop(self) -> None:
+        """Give its engine back, if it has one."""
+        if self.engine is not None:
+            self.engine.destroy()
+
+    def see(self, pictures_BCHW: Tensor) -> Tensor:
+        """The pictures with its own normalisation and size."""
+        if not self.same:
+            pictures_BCHW = torch.addcmul(self.shift, pictures_BCHW, self.scale)
+        if pictures_BCHW.shape[-1] != self.image_size:
+            pictures_BCHW = F.interpolate(pictures_BCHW, (self.image_size, self.image_size), mode="bicubic")
+        return pictures_BCHW
+
+    @torch.no_grad()
+    def __call__(self, pictures_BCHW: Tensor) -> dict[str, Any]:
+        """`stages` (its four features), `pooled` and `logits` of the student's pictures."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.module(self.see(pictures_BCHW), features=True)
+
+    @torch.no_grad()
+    def logits(self, pictures_BCHW: Tensor) -> Tensor:
+        """Its answers (B, K) alone."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.module(self.see(pictures_BCHW))
+
+    def finish(self, feature: Tensor, last_stage: bool = True) -> tuple[Tensor, Tensor]:
+        """(pooled, logits) of its last stage and classifier behind `feature`, through which gradients flow."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            end = self.module(tail=feature, last_stage=last_stage)
+        return end["tail_pooled"], end["tail_logits"]
+
+
+def build_teacher(
+    config: Teacher,
+    option: str,
+    *,
+    classes: int,
+    image_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    output_dir: str = "runs",
+    zero: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    autocast: bool = False,
+) -> Frozen:
+    """The teacher of `config` with its weights; `image_size`, `mean` and `std` are the student's pictures'.
+
+    Args:
+        option: what a complaint is about, `--method.teachers.NAME`.
+
+    Raises:
+        ValueError: no or missing weights, weights for other classes or of another model, a model without stages.
+    """
+    size = config.image_size or image_size
+    if config.init == RANDOM:
+        module = build(config.name, classes, image_size=size)
+    elif config.init:
+        module = build(config.name, classes, image_size=size, init=str(weights_of(config.init, option, output_dir)))
+    elif config.pretrained:
+        module = build(config.name, classes, image_size=size, pretrained=True)
+    else:
+        raise ValueError(
+            f"{option} has no weights: name a safetensors file, a run's folder or run:RECIPE as {option}.init, "
+            f"or give {option}.pretrained."
+        )
+    published: Any = getattr(module, "pretrained_cfg", None) or {}
+    if config.pretrained and published.get("num_classes") != classes:
+        raise ValueError(
+            f"{option}.pretrained: the published weights of {config.name} tell {published.get('num_classes')} classes "
+            f"apart and the data has {classes}: train it on the data first, and name that run as {option}.init."
+        )
+    try:
+        stages = expose(module, size)
+    except ValueError as error:
+        raise ValueError(f"{option}.name {config.name}: {error}") from error
+    own_mean = config.mean or (tuple(published.get("mean", mean)) if config.pretrained else mean)
+    own_std = config.std or (tuple(published.get("std", std)) if config.pretrained else std)
+    return Frozen(
+        module,
+        stages,
+        mean=mean,
+        std=std,
+        own_mean=own_mean,
+        own_std=own_std,
+        image_size=size,
+        zero=zero,
+        device=device,
+        autocast=autocast,
+    )
+
+
+def weights_of(init: str, option: str, output_dir: str) -> Path:
+    """The safetensors file that `init` stands for: itself, or the one export of a run.
+
+    Raises:
+        ValueError: it does not exist, the run has not finished, or there are several to choose from.
+    """
+    path = Path(output_dir) / init.removeprefix(RUN) if init.startswith(RUN) else Path(init)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(
+            f"{option}.init {init} names {path}, which does not exist: train that model first, or name another file."
+        )
+    found = sorted(path.rglob("export/*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ValueError(f"{option}.init {init}: no run in {path} has finished: let it end first.")
+    raise ValueError(f"{option}.init {init}: {path} holds {len(found)} models: name one, {found[0]} for example.")

@@ -1,0 +1,255 @@
+"""What a recipe names, built: models, loaders, engines and the method that moves knowledge between them.
+
+Everything that can be refused is refused on plain modules, before an engine starts: `prepare` first, then
+`Prepared.start` makes the engines.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from hetero_kt import data, models
+from hetero_kt.checks import split_site, zero_block
+from hetero_kt.config import Distill, MergeNet, Model, Recipe
+from hetero_kt.distributed import launch
+from hetero_kt.distributed.launch import Ranks
+from hetero_kt.distributed.learner import Learner, build_learner
+from hetero_kt.evaluate import evaluate
+from hetero_kt.methods import Method, distill, mergenet
+from hetero_kt.methods.fbt import FBT
+from hetero_kt.models.teacher import Frozen, build_teacher
+from hetero_kt.nn import reencode
+from hetero_kt.nn.adapter import AdapterConfig
+from hetero_kt.nn.stages import Stages, expose
+from hetero_kt.tasks import classification
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method whose models are built and checked, and whose engines are not yet started."""
+
+    parameters: dict[str, int]
+    """Of what the method adds to the models: adapters, connectors, branches."""
+    teachers: dict[str, Frozen]
+    start: Callable[[], Method]
+    """Makes the engines. Collective."""
+
+
+def prepare(recipe: Recipe, modules: Mapping[str, nn.Module], train: Mapping[str, Any], ranks: Ranks) -> Prepared:
+    """The recipe's method between `modules`, which lie on their device. Collective.
+
+    Raises:
+        ValueError: one sentence about what does not fit.
+    """
+    if isinstance(recipe.method, MergeNet):
+        return _prepare_mergenet(recipe, recipe.method, modules, ranks)
+    return _prepare_distill(recipe, recipe.method, modules, train, ranks)
+
+
+def build_models(recipe: Recipe) -> dict[str, nn.Module]:
+    """Every trained model, from a random stream of its own (so that no control changes another model's start), with
+    the layers that exchange a factor re-parametrised."""
+    modules = {}
+    for name, model in recipe.models.items():
+        seed_by_name(recipe, name)
+        modules[name] = models.build(
+            model.name,
+            data.classes(recipe.data[model.data], recipe.data_dir),
+            pretrained=model.pretrained,
+            image_size=recipe.data[model.data].image_size,
+            init=model.init,
+        )
+        _check_precision(f"--models.{name}.precision", model.precision, modules[name])
+    if isinstance(recipe.method, MergeNet):
+        for label, transfer in recipe.method.transfers.items():
+            if transfer.mode == "factor":
+                for side, (site, rank) in zip(("source", "target"), transfer.sites(), strict=True):
+                    _factorise(modules, site, rank, f"{label}.{side}")
+    return modules
+
+
+def seed_by_name(recipe: Recipe, name: str) -> None:
+    """The random stream that the part called `name` is initialised from."""
+    launch.seed_everything(recipe.seed * 100_003 + zlib.crc32(name.encode()) % 100_003)
+
+
+def build_loaders(recipe: Recipe, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Training and evaluation loaders, by the name of the data."""
+
+    def opened(train: bool) -> dict[str, Any]:
+        loaders = {}
+        for name, config in recipe.data.items():
+            try:
+                loaders[name] = data.open_loader(
+                    config,
+                    recipe.data_dir,
+                    train=train,
+                    seed=recipe.seed,
+                    rank=ranks.rank,
+                    world=ranks.world,
+                    device=ranks.device,
+                )
+            except ValueError as error:
+                raise ValueError(str(error).replace("--data.NAME", f"--data.{name}")) from error
+        return loaders
+
+    return opened(train=True), opened(train=False)
+
+
+def evaluate_teachers(
+    recipe: Recipe, prepared: Prepared, test: Mapping[str, Any], ranks: Ranks
+) -> dict[str, dict[str, float]]:
+    """Each teacher's own metrics on the student's evaluation data. Collective."""
+    (model, *_) = recipe.models.values()
+    loader = test[model.data]
+    return {name: evaluate(teacher.logits, loader, ranks.device) for name, teacher in prepared.teachers.items()}
+
+
+def parameters(module: nn.Module | None) -> int:
+    """Number of a plain module's parameters."""
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
+def _check_precision(option: str, precision: str, module: nn.Module) -> None:
+    """BatchNorm's running statistics are sums of many small steps, which parameters stored in bf16 would round away."""
+    if precision == "bf16" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+        raise ValueError(f"{option} bf16 does not suit the BatchNorm in this model: use autocast.")
+
+
+def _learner(recipe: Recipe, name: str, module: nn.Module, ranks: Ranks) -> Learner:
+    """`module`, trained as the recipe's model `name` is."""
+    model = recipe.models[name]
+    rows = recipe.data[model.data].batch // ranks.world
+    return build_learner(module, model, zero_block(model.zero), rows=rows, steps=recipe.steps)
+
+
+# --- MergeNet ---
+
+
+def _prepare_mergenet(recipe: Recipe, method: MergeNet, modules: Mapping[str, nn.Module], ranks: Ranks) -> Prepared:
+    """Every transfer is tried alone, so that a complaint has its option, and then all of them together."""
+    transfers = _transfers(recipe, method, modules)
+    for name, transfer in transfers.items():
+        try:
+            _exchange(recipe, [transfer])
+        except ValueError as error:
+            raise ValueError(f"--method.transfers.{name}: {error}") from error
+    try:
+        adapters = _exchange(recipe, list(transfers.values())).adapters()
+    except ValueError as error:
+        raise ValueError(f"--method.transfers: {error}") from error
+
+    def start() -> Method:
+        learners = {name: _learner(recipe, name, module, ranks) for name, module in modules.items()}
+        engines = {name: learner.engine for name, learner in learners.items()}
+        losses = {
+            name: partial(classification.loss, label_smoothing=model.label_smoothing)
+            for name, model in recipe.models.items()
+        }
+        exchange = _exchange(recipe, list(_transfers(recipe, method, engines).values()))
+        return mergenet.MergeNet(learners, exchange, losses)
+
+    return Prepared({f"adapter {name}": parameters(adapter) for name, adapter in adapters.items()}, {}, start)
+
+
+def _factorise(modules: Mapping[str, nn.Module], site: str, rank: int, option: str) -> None:
+    model, weight = split_site(site)
+    try:
+        if reencode.factor_parameter(modules[model], weight) is None:  # two transfers may share a site
+            reencode.factorise(modules[model], weight, rank)
+    except ValueError as error:
+        raise ValueError(f"--method.transfers.{option} {site}: {error}") from error
+
+
+def _exchange(recipe: Recipe, transfers: Sequence[mergenet.Transfer]) -> mergenet.Exchange:
+    assert isinstance(recipe.method, MergeNet)
+    return mergenet.Exchange(transfers, control=recipe.method.control, seed=recipe.seed, steps=recipe.steps)
+
+
+def _transfers(recipe: Recipe, method: MergeNet, owners: Mapping[str, Any]) -> dict[str, mergenet.Transfer]:
+    """The recipe's transfers between `owners`, which are engines or plain modules."""
+    transfers = {}
+    for name, t in method.transfers.items():
+        mode: Literal["svd", "full"] = "svd" if t.mode == "svd" else "full"
+        source, target = (
+            mergenet.Site(owners[model], weight, mode, rank)
+            for (model, weight), rank in ((split_site(site), rank) for site, rank in t.sites())
+        )
+        transfers[name] = mergenet.Transfer(
+            source,
+            target,
+            cycle=t.cycle,
+            adapter=_with_gate(t.adapter, recipe.models[split_site(t.target)[0]]),
+            optim=t.optim,
+            schedule=t.schedule,
+            update=t.update,
+            moments=t.moments,
+            name=name,
+        )
+    return transfers
+
+
+def _with_gate(adapter: AdapterConfig, target: Model) -> AdapterConfig:
+    """A pretrained target starts from a closed gate, so that the first proposals do not destroy it."""
+    return replace(adapter, gate=0.0) if adapter.gate == "auto" and (target.pretrained or target.init) else adapter
+
+
+# --- distillation ---
+
+
+def _prepare_distill(
+    recipe: Recipe, method: Distill, modules: Mapping[str, nn.Module], train: Mapping[str, Any], ranks: Ranks
+) -> Prepared:
+    ((name, module),) = modules.items()
+    model = recipe.models[name]
+    pictures = recipe.data[model.data]
+    stages = expose(module, pictures.image_size)
+    stages.checkpointing = model.checkpointing
+    teachers = {}
+    if method.objective != "none":
+        loader = train[model.data]
+        for teacher, config in method.teachers.items():
+            teachers[teacher] = build_teacher(
+                config,
+                f"--method.teachers.{teacher}",
+                classes=loader.classes,
+                image_size=pictures.image_size,
+                mean=loader.mean,
+                std=loader.std,
+                output_dir=recipe.output_dir,
+                zero=zero_block(config.zero) if config.zero else None,
+                device=ranks.device,
+                autocast=model.precision != "fp32",
+            )
+    seed_by_name(recipe, method.objective)
+    objective = _objective(method, stages, teachers, train[model.data].classes)
+    aside = objective.aside.to(ranks.device) if objective.aside is not None else None
+
+    def start() -> Method:
+        learners = {name: _learner(recipe, name, module, ranks)}
+        if aside is not None:
+            learners[objective.name] = _learner(recipe, name, aside, ranks)
+        for teacher in teachers.values():
+            teacher.start()
+        return distill.Distillation(learners, objective, label_smoothing=model.label_smoothing)
+
+    added = {objective.name: parameters(aside)} if aside is not None else {}
+    return Prepared(added, teachers, start)
+
+
+def _objective(method: Distill, student: Stages, teachers: Mapping[str, Frozen], classes: int) -> distill.Objective:
+    if method.objective == "kd":
+        return distill.KD(method.kd, teachers)
+    if method.objective == "ofa":
+        return distill.OFA(method.ofa, student, teachers, classes)
+    if method.objective == "fitnet":
+        return distill.FitNet(method.fitnet, student, teachers)
+    if method.objective == "fbt":
+        return FBT(method.fbt, student, teachers, temperature=method.kd.temperature)
+    return distill.Alone()

@@ -1,0 +1,287 @@
+"""FBT on DeepSpeed engines against the method written down plainly in one process.
+
+The reference owns copies of the same models and runs the paper's terms on them one by one. BatchNorm and InfoNCE see
+one rank's rows of one micro-batch, so it takes those in turn and averages the gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from ranks import RankPool
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hetero_kt import config
+from hetero_kt.config import Model, Optim, Schedule
+from hetero_kt.distributed import params
+from hetero_kt.distributed.learner import build_learner
+from hetero_kt.methods.distill import Distillation
+from hetero_kt.methods.fbt import FBT
+from hetero_kt.models import build
+from hetero_kt.models.teacher import Frozen
+from hetero_kt.nn.stages import Stages, expose
+
+CLASSES, SIZE, ROWS, STEPS = 10, 32, 8, 5
+SGD = Optim("sgd", lr=0.05)
+PUBLISHED = config.FBT()
+
+
+def cnn(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return build("cifar:resnet_tiny", CLASSES)
+
+
+def transformer(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = VisionTransformer(
+        img_size=SIZE, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=CLASSES
+    )
+    # From timm's 1e-6 the first LayerNorm makes a gradient of a million, in which rounding drowns everything.
+    nn.init.normal_(model.cls_token, std=0.5)
+    return model
+
+
+CASES = {
+    "cnn learns from transformer": (cnn, transformer),
+    "transformer learns from cnn": (transformer, cnn),
+    "cnn learns from cnn": (cnn, cnn),
+    "transformer learns from transformer": (transformer, transformer),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    case: str
+    stage: int = 1
+    optim: Optim = SGD
+    accumulation: int = 1
+    checkpointing: bool = False
+    teacher_stage: int = 0
+    precision: str = "fp32"
+    fbt: config.FBT = PUBLISHED
+    teachers: int = 1
+
+
+def rows_of(step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(ROWS, 3, SIZE, SIZE, generator=generator)
+    y = torch.randint(CLASSES, (ROWS,), generator=generator)
+    return x[rank::world], y[rank::world]
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {"stage": stage, "stage3_param_persistence_threshold": 0}
+
+
+def frozen(module: nn.Module, stage: int = 0, autocast: bool = False) -> Frozen:
+    one = (1.0, 1.0, 1.0)
+    return Frozen(
+        module,
+        expose(module, SIZE),
+        mean=one,
+        std=one,
+        own_mean=one,
+        own_std=one,
+        image_size=SIZE,
+        zero=zero(3) if stage == 3 else None,
+        autocast=autocast,
+    )
+
+
+def models(setting: Setting) -> tuple[nn.Module, list[nn.Module]]:
+    make_student, make_teacher = CASES[setting.case]
+    return make_student(1), [make_teacher(2 + i) for i in range(setting.teachers)]
+
+
+def run_engines(setting: Setting) -> dict[str, Any]:
+    """Five steps on this pool's ranks: losses, weights and buffers of student and fused model."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    student, teachers = models(setting)
+    stages = expose(student, SIZE)
+    stages.checkpointing = setting.checkpointing
+    autocast = setting.precision == "autocast"
+    known = {f"teacher{i}": frozen(t, setting.teacher_stage, autocast) for i, t in enumerate(teachers)}
+    torch.manual_seed(5)
+    objective = FBT(setting.fbt, stages, known)
+    schedule = Schedule("constant")
+    share = ROWS // world
+    model = Model(
+        "",
+        "",
+        optim=setting.optim,
+        schedule=schedule,
+        precision=setting.precision,  # type: ignore[arg-type]
+        micro_batch=share // setting.accumulation,
+    )
+    learners = {
+        name: build_learner(module, model, zero(setting.stage), rows=share, steps=STEPS)
+        for name, module in (("student", student), ("fused", objective.aside))
+        if module is not None
+    }
+    for teacher in known.values():
+        before = copy.deepcopy(teacher.module.state_dict())
+        teacher.start()
+    method = Distillation(learners, objective)
+    losses = []
+    for step in range(STEPS):
+        log = method.step(step, {"student": rows_of(step, rank, world)})
+        values = torch.stack([log[name] for name in sorted(log)])
+        dist.all_reduce(values)
+        losses.append(dict(zip(sorted(log), (values / world).tolist(), strict=True)))
+    found: dict[str, Any] = {"losses": losses}
+    for name, learner in learners.items():
+        engine = learner.engine
+        if setting.stage == 3:
+            assert all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in engine.module.parameters())
+        found[name] = {
+            k: params.read([params.Weight(engine, p)])[0].numpy() for k, p in engine.module.named_parameters()
+        }
+    found["buffers"] = {k: b.numpy().copy() for k, b in student.named_buffers()}
+    if setting.teacher_stage != 3:
+        after = teacher.module.state_dict()
+        found["teacher moved"] = any(not torch.equal(before[k], after[k]) for k in before)
+    found["gradients of the teacher"] = any(p.grad is not None for t in known.values() for p in t.module.parameters())
+    for learner in learners.values():
+        learner.engine.destroy()
+    for one in known.values():
+        if one.engine is not None:
+            one.engine.destroy()
+    return found
+
+
+def reference(setting: Setting, world: int) -> dict[str, Any]:
+    """The same five steps in one process on plain modules."""
+    student, teachers = models(setting)
+    ours = expose(student, SIZE)
+    known = {f"teacher{i}": frozen(t) for i, t in enumerate(teachers)}
+    torch.manual_seed(5)
+    objective = FBT(setting.fbt, ours, known)
+    aside = objective.aside
+    trained = [*student.parameters(), *(aside.parameters() if aside is not None else [])]
+    kind = torch.optim.SGD if setting.optim.name == "sgd" else torch.optim.AdamW
+    more = {"momentum": setting.optim.momentum} if kind is torch.optim.SGD else {}
+    spared = {"cls_token", "pos_embed"}  # timm's own choice for these models
+    groups = [
+        {"params": [p for p in trained if id(p) not in {id(v) for k, v in student.named_parameters() if k in spared}]},
+        {"params": [v for k, v in student.named_parameters() if k in spared], "weight_decay": 0.0},
+    ]
+    optimizer = kind(groups, lr=setting.optim.lr, weight_decay=setting.optim.weight_decay, **more)
+    losses, buffers = [], [copy.deepcopy(dict(student.named_buffers())) for _ in range(world)]
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        shown: dict[str, float] = {}
+        for rank in range(world):
+            for name, buffer in student.named_buffers():
+                buffer.copy_(buffers[rank][name])
+            x, y = rows_of(step, rank, world)
+            share = len(x) // setting.accumulation
+            for pictures, labels in zip(x.split(share), y.split(share), strict=True):
+                terms = plain_terms(setting, ours, known, aside, pictures, labels)
+                terms["total_loss"] = sum(terms.values())
+                part = world * setting.accumulation
+                (terms["total_loss"] / part).backward()
+                for name, value in terms.items():
+                    shown[name] = shown.get(name, 0.0) + float(value.detach()) / part
+            buffers[rank] = copy.deepcopy(dict(student.named_buffers()))
+        optimizer.step()
+        losses.append(shown)
+    named = {"student": student} | ({"fused": aside} if aside is not None else {})
+    weights = {name: {k: p.detach().numpy() for k, p in m.named_parameters()} for name, m in named.items()}
+    return {"losses": losses, "buffers": {k: b.numpy() for k, b in buffers[0].items()}, **weights}
+
+
+def plain_terms(
+    setting: Setting, ours: Stages, known: dict[str, Frozen], aside: Any, x: Tensor, y: Tensor
+) -> dict[str, Any]:
+    """Eq. 1 and 2 and the three pairs of models, from the paper, on plain modules."""
+    fbt = setting.fbt
+    third = ours.stage(3, ours.stage(2, ours.stage(1, x)))
+    student = ours.head(ours.stage(4, third))
+    terms: dict[str, Any] = {"student/loss": F.cross_entropy(student[1], y)}
+    for name, teacher in known.items():
+        theirs = teacher.stages
+        fused_name = "fused" if len(known) == 1 else f"fused_{name}"
+        with torch.no_grad():
+            their_third = theirs.stage(3, theirs.stage(2, theirs.stage(1, x)))
+            taught = theirs.head(theirs.stage(4, their_third))
+        everyone = {"teacher": taught, "student": student}
+        names = {"teacher": name, "student": "student", "fused": fused_name}
+        if aside is not None and name in aside.connectors:
+            if theirs.convolutional and not ours.convolutional:
+                front, end = their_third, ours
+            else:
+                front, end = third, theirs
+            tokens = aside.connectors[name](front)
+            if fbt.last_stage:
+                tokens = end.stage(4, end.with_prefix(tokens))
+            everyone["fused"] = end.head(tokens)
+        for term in fbt.terms:
+            i, j = term.split("_")
+            teaching, learner = everyone[i], everyone[j]
+            if fbt.detach:
+                teaching = (teaching[0].detach(), teaching[1].detach())
+            label = f"{names[i]}_to_{names[j]}"
+            if "infonce" in fbt.pair:
+                terms[f"{label}/infonce_loss"] = aside.contrasts[label](learner[0], teaching[0])
+            if "ofa" in fbt.pair:
+                p, right = teaching[1].softmax(1), F.one_hot(y, CLASSES)
+                weight = (p + right) ** fbt.gamma - right
+                terms[f"{label}/ofa_loss"] = -(weight * learner[1].log_softmax(1)).sum(1).mean()
+            if fbt.pair == "kd":
+                q, p = (learner[1] / 4).log_softmax(1), (teaching[1] / 4).softmax(1)
+                terms[f"{label}/kd_loss"] = 16 * (p * (p.log() - q)).sum(1).mean()
+        if fbt.fused_labels:
+            terms[f"{fused_name}/loss"] = F.cross_entropy(everyone["fused"][1], y)
+    return terms
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float = 1e-5) -> None:
+    for step, (a, b) in enumerate(zip(ours["losses"], theirs["losses"], strict=True)):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (step, name)
+    for part in ("student", "fused", "buffers"):
+        if part in theirs:
+            assert ours[part].keys() == theirs[part].keys()
+            for name in theirs[part]:
+                difference = abs(ours[part][name] - theirs[part][name]).max() if theirs[part][name].size else 0
+                assert difference < tolerance, (part, name, difference)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("world", [1, 2])
+def test_five_steps_equal_a_plain_single_process(ranks: Any, case: str, stage: int, world: int) -> None:
+    setting = Setting(case, stage)
+    pool: RankPool = ranks(world)
+    found = pool.run(run_engines, setting)
+    assert_equal(found[0], reference(setting, world))
+    for one in found:
+        assert not one["teacher moved"]
+        assert not one["gradients of the teacher"]
+
+
+VARIED = {
+    "accumulation": {"accumulation": 2},
+    "checkpointing": {"checkpointing": True},
+    "teacher in pieces": {"teacher_stage": 3},
+    "two teachers": {"teachers": 2},
+    "everything at once": {"accumulation": 2, "checkpointing": True, "teacher_stage": 3, "teachers": 2},
+}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("case", list(CASES)[:2])
+@pytest.mark.parametrize("varied", VARIED)
+def test_variations_equal_a_plain_single_process(ranks: Any, case: str, stage: int, varied: str) -> None:
+    setting = replace(Setting(case, stage), **VARIED[varied])  # type: ignore[arg-type]
+    found = ranks(2).run(run_engines, setting)
+    assert_equal(found[0], reference(setting, 2))
