@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from hetero_kt.config import Optim
-from hetero_kt.distributed import params
+from hetero_kt.distributed import ema, params
 from hetero_kt.distributed.ema import EMA
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.params import Weight, read
@@ -40,11 +41,11 @@ def engine_of(stage: int, precision: str = "fp32", **block: Any) -> Any:
     return build_engine(model_of(precision), optim=SGD, zero=settings, precision=precision, micro_batch=8 // world)
 
 
-def train(engine: Any, ema: EMA, steps: range) -> None:
+def train(engine: Any, average: EMA, steps: range) -> None:
     for step in steps:
         engine.backward(loss(engine, batch(step, dist.get_rank(), dist.get_world_size())))
         engine.step()
-        ema.update()
+        average.update()
 
 
 def state_of(engine: Any) -> dict[str, Tensor]:
@@ -81,25 +82,25 @@ def references(world: int) -> Iterator[list[ModelEmaV3]]:
         optimizer.step()
         for model in models[1:]:
             model.load_state_dict(dict(models[0].named_parameters()), strict=False)
-        for model, average in zip(models, averages, strict=True):
-            average.update(model, step=step + 1)
+        for model, of_rank in zip(models, averages, strict=True):
+            of_rank.update(model, step=step + 1)
         yield averages
 
 
 def against_timm(stage: int) -> list[str]:
     engine = engine_of(stage)
-    ema = EMA(engine, DECAY)
+    average = EMA(engine, DECAY)
     wrong = []
     for step, averages in enumerate(references(dist.get_world_size())):
-        train(engine, ema, range(step, step + 1))
+        train(engine, average, range(step, step + 1))
         expected = averages[dist.get_rank()].module.state_dict()
-        found = ema.state_dict()["weights"] | ema.local_state()
+        found = average.state_dict()["weights"] | average.local_state()
         if set(found) != set(expected) - {"fc.bias"}:  # frozen
             wrong.append(f"names {set(found) ^ set(expected)}")
         wrong += [f"{step} {k}" for k in found if not torch.allclose(found[k], expected[k], rtol=0, atol=1e-6)]
     if stage == 3:
         assert engine.module.conv.weight.ds_status == ZeroParamStatus.NOT_AVAILABLE
-    assert not torch.allclose(ema.state_dict()["weights"]["conv.weight"], params.state_dict(engine)["conv.weight"])
+    assert not torch.allclose(average.state_dict()["weights"]["conv.weight"], params.state_dict(engine)["conv.weight"])
     engine.destroy()
     return wrong
 
@@ -113,14 +114,14 @@ def test_the_average_is_timm_s_of_one_whole_model(ranks: Any, stage: int, world:
 def against_masters(stage: int, precision: str, block: dict[str, Any]) -> tuple[bool, bool]:
     """timm's average over the masters as they are after each step."""
     engine = engine_of(stage, precision, **block)
-    ema = EMA(engine, DECAY)
+    average = EMA(engine, DECAY)
     shadow = model_of(precision)
     expected = ModelEmaV3(shadow, decay=DECAY, use_warmup=True)
     for step in range(STEPS):
-        train(engine, ema, range(step, step + 1))
+        train(engine, average, range(step, step + 1))
         shadow.load_state_dict(params.state_dict(engine))
         expected.update(shadow, step=step + 1)
-    found = ema.state_dict()["weights"]
+    found = average.state_dict()["weights"]
     names = found.keys()
     fine = any(not torch.equal(value, value.bfloat16().float()) for value in found.values())
     equal = all(torch.equal(found[name], expected.module.state_dict()[name]) for name in names)
@@ -150,7 +151,7 @@ def test_masters_are_averaged_in_fp32_to_the_bit(ranks: Any, stage: int, precisi
 
 def applying(stage: int, precision: str, block: dict[str, Any]) -> dict[str, bool]:
     engine = engine_of(stage, precision, **block)
-    ema = EMA(engine, DECAY)
+    average = EMA(engine, DECAY)
     x = batch(99)[0]
     model = engine.module
 
@@ -161,24 +162,24 @@ def applying(stage: int, precision: str, block: dict[str, Any]) -> dict[str, boo
         of.train()
         return result
 
-    train(engine, ema, range(3))
+    train(engine, average, range(3))
     logits(model)  # leaves weights of a ZeRO-3 model gathered, for a backward that does not come
     before = state_of(engine)
-    saved, local = ema.state_dict()["weights"], ema.local_state()
+    saved, local = average.state_dict()["weights"], average.local_state()
     plain = model_of(precision)
     plain.load_state_dict(saved | local, strict=False)
     plain.to(next(model.parameters()).dtype)
     result = {}
-    with ema.applied():
+    with average.applied():
         result["computes"] = torch.allclose(logits(model), logits(plain), rtol=0, atol=1e-6)
         result["again"] = torch.allclose(logits(engine), logits(plain), rtol=0, atol=1e-6)
         inside = params.state_dict(engine)
         result["reads"] = all(torch.equal(inside[name], saved[name]) for name in saved)
         result["buffers"] = all(torch.equal(inside[name], local[name]) for name in local)
     result["restored"] = same(state_of(engine), before)
-    result["average kept"] = same(ema.state_dict()["weights"], saved) and same(ema.local_state(), local)
+    result["average kept"] = same(average.state_dict()["weights"], saved) and same(average.local_state(), local)
     try:
-        with ema.applied():
+        with average.applied():
             logits(model)
             raise KeyError("an evaluation that fails")
     except KeyError:
@@ -186,7 +187,7 @@ def applying(stage: int, precision: str, block: dict[str, Any]) -> dict[str, boo
     # What is restored is also what training goes on with.
     other = engine_of(stage, precision, **block)
     train(other, EMA(other, DECAY), range(5))
-    train(engine, ema, range(3, 5))
+    train(engine, average, range(3, 5))
     result["goes on"] = same(state_of(engine), state_of(other))
     result["differs"] = not torch.equal(before["read conv.weight"], saved["conv.weight"])
     engine.destroy()
@@ -214,18 +215,18 @@ def test_the_applied_average_computes_and_leaves_no_trace(
 def resumed(stage: int, precision: str) -> bool:
     """Three steps, saved; two more, with and without a load in between."""
     engine = engine_of(stage, precision)
-    ema = EMA(engine, DECAY)
-    train(engine, ema, range(3))
-    state, local = copy.deepcopy(ema.state_dict()), ema.local_state()
+    average = EMA(engine, DECAY)
+    train(engine, average, range(3))
+    state, local = copy.deepcopy(average.state_dict()), average.local_state()
     fresh = EMA(engine, DECAY)
     fresh.load_state_dict(state)
     fresh.load_local_state(local)
     good = same(fresh.state_dict()["weights"], state["weights"]) and same(fresh.local_state(), local)
     for step in range(3, 5):
-        train(engine, ema, range(step, step + 1))
+        train(engine, average, range(step, step + 1))
         fresh.update()
-    good &= same(fresh.state_dict()["weights"], ema.state_dict()["weights"])
-    good &= same(fresh.local_state(), ema.local_state()) and fresh.updates == ema.updates == 5
+    good &= same(fresh.state_dict()["weights"], average.state_dict()["weights"])
+    good &= same(fresh.local_state(), average.local_state()) and fresh.updates == average.updates == 5
     engine.destroy()
     return good
 
@@ -237,19 +238,19 @@ def test_a_saved_average_goes_on_to_the_bit(ranks: Any, stage: int, precision: s
 
 def saved_average(stage: int) -> dict[str, Any]:
     engine = engine_of(stage)
-    ema = EMA(engine, DECAY)
-    train(engine, ema, range(3))
-    state = ema.state_dict()
+    average = EMA(engine, DECAY)
+    train(engine, average, range(3))
+    state = average.state_dict()
     engine.destroy()
     return {"updates": state["updates"], "weights": {name: v.numpy() for name, v in state["weights"].items()}}
 
 
 def taken_over(stage: int, state: dict[str, Any]) -> bool:
     engine = engine_of(stage)
-    ema = EMA(engine, DECAY)
+    average = EMA(engine, DECAY)
     weights = {name: torch.from_numpy(value) for name, value in state["weights"].items()}
-    ema.load_state_dict(state | {"weights": weights})
-    good = same(ema.state_dict()["weights"], weights) and ema.updates == 3
+    average.load_state_dict(state | {"weights": weights})
+    good = same(average.state_dict()["weights"], weights) and average.updates == 3
     engine.destroy()
     return good
 
@@ -263,15 +264,15 @@ def test_an_average_moves_to_other_ranks_and_stages(ranks: Any, there: tuple[int
 def refusals() -> list[str]:
     messages = []
     engine = engine_of(1)
-    ema = EMA(engine, DECAY)
-    state = ema.state_dict()
+    average = EMA(engine, DECAY)
+    state = average.state_dict()
     for weights in (
         {name: v for name, v in state["weights"].items() if name != "conv.weight"},
         state["weights"] | {"conv.weight": torch.zeros(7, 3, 5, 5)},
         state["weights"] | {"elsewhere": torch.zeros(1)},
     ):
         try:
-            ema.load_state_dict(state | {"weights": weights})
+            average.load_state_dict(state | {"weights": weights})
         except ValueError as error:
             messages.append(str(error))
     engine.destroy()
@@ -282,3 +283,57 @@ def test_the_average_of_another_model_is_refused_by_the_weight_s_name(ranks: Any
     for messages in ranks(1).run(refusals):
         assert ["conv.weight" in m for m in messages] == [True, True, False]
         assert "elsewhere" in messages[2]
+
+
+class Elsewhere:
+    """An engine that says where its pieces are, and no more."""
+
+    def __init__(self, stage: int = 3, dtype: torch.dtype = torch.float32, parts: str = "", hpz: int = 1) -> None:
+        self.stage, self.hpz = stage, hpz
+        self.module = nn.Linear(2, 2, dtype=dtype)
+        self.offload = SimpleNamespace(device=parts) if parts else None
+
+    def zero_optimization_stage(self) -> int:
+        return self.stage
+
+    def zero_offload_param(self) -> Any:
+        return None
+
+    def zero_offload_optimizer(self) -> Any:
+        return self.offload
+
+    def zero_hpz_partition_size(self) -> int:
+        return self.hpz
+
+
+@pytest.mark.parametrize(
+    ("engine", "mend"),
+    [
+        (Elsewhere(stage=0, dtype=torch.bfloat16), "use ZeRO stage 1, or autocast"),
+        (Elsewhere(parts="nvme"), "offload them to cpu"),
+        (Elsewhere(hpz=2), "leave it at 1"),
+    ],
+)
+def test_masters_that_cannot_be_reached_are_refused_with_the_mend(engine: Any, mend: str) -> None:
+    with pytest.raises(ValueError, match=mend):
+        EMA(engine, DECAY)
+
+
+def many_gathers() -> bool:
+    """With a bound below a weight's size, so that each one travels alone."""
+    engine = engine_of(1)
+    average = EMA(engine, DECAY)
+    train(engine, average, range(2))
+    together = average.state_dict()["weights"]
+    bound, ema._TOGETHER = ema._TOGETHER, 8
+    try:
+        alone = average.state_dict()["weights"]
+    finally:
+        ema._TOGETHER = bound
+    engine.destroy()
+    return same(together, alone)
+
+
+def test_weights_come_together_in_bounded_runs(ranks: Any) -> None:
+    assert all(ranks(2).run(many_gathers))
+    assert list(ema._bounded([ema._TOGETHER, 1, 2, ema._TOGETHER - 2, 2 * ema._TOGETHER])) == [[0], [1, 2], [3], [4]]
