@@ -55,6 +55,8 @@ class Options:
     """Run these arms too (controls, baselines), in the same process group, and print the comparison."""
     seeds: tuple[int, ...] = ()
     """Run every one of these seeds; empty runs the recipe's own."""
+    first: tuple[str, ...] = ()
+    """Run these variants before, unless they are finished: the teachers that this one names as `run:RECIPE`."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,31 @@ def runs(recipe: Recipe, options: Options) -> list[Recipe]:
         for seed in options.seeds or (recipe.seed,)
         for arm in arms
     ]
+
+
+def runs_before(recipe: Recipe, options: Options, variants: Variants | Callable[[], Recipe]) -> list[Recipe]:
+    """The recipes of `--first`, in the folders, with the ZeRO file and (for a teacher of `recipe`) the model of
+    `recipe`. `--debug` takes fresh teachers and has none.
+
+    Raises:
+        ValueError: a variant that does not exist, or a recipe that cannot run.
+    """
+    variants = variants if isinstance(variants, Mapping) else {"default": variants}
+    before = []
+    for name in () if options.debug else options.first:
+        if name not in variants:
+            raise ValueError(f"--first {name} is unknown: use {nearest(name, variants)}.")
+        one = variants[name]()
+        models = dict(one.models)
+        for teacher in getattr(recipe.method, "teachers", {}).values():
+            if teacher.init == f"run:{one.name}" and len(models) == 1:
+                models = {key: replace(model, name=teacher.name) for key, model in models.items()}
+        if options.zero_config:
+            models = {key: replace(model, zero=options.zero_config) for key, model in models.items()}
+        one = replace(one, models=models, data_dir=recipe.data_dir, output_dir=recipe.output_dir)
+        check(one, place()[1])
+        before.append(one)
+    return before
 
 
 def check_options(options: Options) -> None:

@@ -26,8 +26,12 @@ from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import evaluate
 from hetero_kt.folder import check_same_data, fingerprint, look, open_folder, run_folder, write_result
 from hetero_kt.methods import Diverged
-from hetero_kt.options import Options, leave, parse, runs
+from hetero_kt.options import Options, leave, parse, runs, runs_before
 from hetero_kt.trainer import Trainer
+
+
+FRESH = Options()
+"""How the variants of `--first` run: to their end, from where they stopped."""
 
 
 def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
@@ -41,12 +45,15 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
             return
         if options.deterministic:
             launch.make_deterministic()
+        runs_before(recipe, options, variants)  # a misspelt name ends here, not after the process group has met
         ranks, stop = launch.start(), StopSignal()
         torch.autograd.set_detect_anomaly(options.debug)
     except ValueError as error:
         leave(error, alone=True)
     try:
-        finished = all(run(one, options, ranks, stop) for one in runs(recipe, options))
+        teachers = [(one, FRESH) for one in runs_before(recipe, options, variants)]
+        wanted = [(one, options) for one in runs(recipe, options)]
+        finished = all(run(one, how, ranks, stop) for one, how in (*teachers, *wanted))
     except (UserError, Diverged) as error:
         # All ranks are here. After an error of one rank only, leaving the group would wait for the others.
         dist.destroy_process_group()
