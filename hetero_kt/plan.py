@@ -120,7 +120,7 @@ def connection(recipe: Recipe, teacher: str, student: nn.Module) -> Connection:
     way = route(ours, theirs)
     ends = {"student": ours, "teacher": theirs}
     connector = connect(ends[way.front], ends[way.tail], recipe.method.fbt)
-    branches = Branches(ours, classes)
+    branches = Branches(ours, classes, width=theirs.width)
     features = [torch.zeros(1, *_shape(layout)) for layout in ours.layouts]
     return Connection(
         f"{way.front} 1-3 -> L2G -> {way.tail} 4",

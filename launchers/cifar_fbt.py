@@ -77,8 +77,8 @@ def assistant() -> Recipe:
 
 def fine_tuned(name: str, model: str) -> Recipe:
     schedule = Schedule("cosine", warmup=EPOCH, min_lr=1e-6)
-    optim = replace(ADAMW, lr=1e-4)
-    return recipe(name, Model(model, "", pretrained=True, optim=optim, schedule=schedule), Distill({}, "none"), epochs=20)
+    teacher = Model(model, "", pretrained=True, optim=replace(ADAMW, lr=1e-4), schedule=schedule)
+    return recipe(name, teacher, Distill({}, "none"), epochs=20)
 
 
 def resnet34_teacher() -> Recipe:

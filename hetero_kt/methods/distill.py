@@ -81,7 +81,7 @@ class OFA:
 
     def __init__(self, settings: config.OFA, student: Stages, teachers: Teachers, classes: int) -> None:
         self.settings, self.teachers = settings, teachers
-        self.aside = Branches(student, classes)
+        self.aside = Branches(student, classes, width=max(teacher.stages.width for teacher in teachers.values()))
 
     def __call__(self, student: DeepSpeedEngine, aside: Any, pictures: Tensor, labels: Tensor) -> tuple[Tensor, Terms]:
         own = student(pictures, features=True)
