@@ -58,7 +58,7 @@ class Stream:
                 "multiprocessing_context": context,
             }
         self._tasks = tasks
-        self._results: Iterator[Any] | None = None
+        self._results: Any = None
 
     def __next__(self) -> Any:
         """The next result; StopIteration behind the last. What `work` raises is raised here."""
@@ -83,7 +83,11 @@ class Stream:
 
     def close(self) -> None:
         """End the workers."""
-        self._results = None  # its finaliser ends them
+        if self._results is not None and self.workers:
+            # Its finaliser would do so too, but not at once, and not well where the garbage collector runs it: the
+            # queues may then be closed first, and a worker that hears nothing is waited for 5 s.
+            self._results._shutdown_workers()
+        self._results = None
 
     def _start(self) -> Iterator[Any]:
         # A generator of its own: without one, the loader would draw from the trainer's.
