@@ -6,8 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-from timm.models import register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import SwinTransformer
+
+_CONFIG = {"url": "", "num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True}
+default_cfgs = generate_default_cfgs({f"swin_{size}_patch4_window7_224": _CONFIG for size in ("nano", "pico")})
+"""timm looks here for what it has to know of a module's models."""
 
 
 def _build(width: int, pretrained: bool, **options: Any) -> SwinTransformer:
