@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hetero_kt import data, models
+from hetero_kt import config, data, models
 from hetero_kt.checks import split_site, zero_block
 from hetero_kt.config import Distill, MergeNet, Model, Recipe
 from hetero_kt.methods.fbt import connect
@@ -112,14 +112,19 @@ def connection(recipe: Recipe, teacher: str, student: nn.Module) -> Connection:
     """
     assert isinstance(recipe.method, Distill)
     ((name, model),) = recipe.models.items()
-    pictures, config = recipe.data[model.data], recipe.method.teachers[teacher]
-    size = config.image_size or pictures.image_size
+    pictures, known = recipe.data[model.data], recipe.method.teachers[teacher]
+    size = known.image_size or pictures.image_size
     classes = data.classes(pictures, recipe.data_dir)
-    theirs = _staged(f"--method.teachers.{teacher}.name", models.build(config.name, classes, image_size=size), size)
+    theirs = _staged(f"--method.teachers.{teacher}.name", models.build(known.name, classes, image_size=size), size)
     ours = _staged(f"--models.{name}.name", student, pictures.image_size)
+    return additions(ours, theirs, recipe.method.fbt, classes)
+
+
+def additions(ours: Stages, theirs: Stages, settings: config.FBT, classes: int) -> Connection:
+    """What FBT and OFA add to the student `ours` of the teacher `theirs`."""
     way = route(ours, theirs)
     ends = {"student": ours, "teacher": theirs}
-    connector = connect(ends[way.front], ends[way.tail], recipe.method.fbt)
+    connector = connect(ends[way.front], ends[way.tail], settings)
     branches = Branches(ours, classes, width=theirs.width)
     features = [torch.zeros(1, *_shape(layout)) for layout in ours.layouts]
     return Connection(

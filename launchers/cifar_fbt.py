@@ -15,6 +15,7 @@ Expected: Swin-T -> ResNet18 81.61 (alone 74.01, KD 78.74, OFA 80.54) with a tea
 """
 
 from dataclasses import replace
+from functools import partial
 
 from hetero_kt.config import FBT, Data, Distill, Mix, Model, Optim, Recipe, Schedule, Teacher, Transform
 from hetero_kt.run import main
@@ -95,7 +96,7 @@ def small(name: str, model: str, method: Distill, data: Data, steps: int) -> Rec
 
 def cpu() -> Recipe:
     teacher = Teacher("cifar:resnet_small", init="run:cifar_fbt_cpu_teacher")
-    return small("cifar_fbt_cpu", "cifar:swin_tiny", Distill({"teacher": teacher}), CROPS, 2000)
+    return small("cifar_fbt_cpu", "cifar:mixer_tiny", Distill({"teacher": teacher}), CROPS, 2000)
 
 
 def cpu_teacher() -> Recipe:
@@ -118,10 +119,10 @@ CROPS = Data(batch=64, augment=("crop", "flip"))
 VARIANTS = {
     "default": default,
     "tokens": tokens,
-    **{f"paradigm_{letter}": (lambda letter=letter: paradigm(letter)) for letter in "abcde"},
+    **{f"paradigm_{letter}": partial(paradigm, letter) for letter in "abcde"},
     "assistant": assistant,
-    "swin_teacher": lambda: fine_tuned("cifar_swin_teacher", SWIN.name),
-    "convnext_teacher": lambda: fine_tuned("cifar_convnext_teacher", "timm:convnext_tiny"),
+    "swin_teacher": partial(fine_tuned, "cifar_swin_teacher", SWIN.name),
+    "convnext_teacher": partial(fine_tuned, "cifar_convnext_teacher", "timm:convnext_tiny"),
     "resnet34_teacher": resnet34_teacher,
     "cpu": cpu,
     "cpu_teacher": cpu_teacher,
