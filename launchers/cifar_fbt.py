@@ -14,6 +14,7 @@ Hardware: one GPU with 40 GB; about 20 hours a run (an estimate).
 Expected: Swin-T -> ResNet18 81.61 (alone 74.01, KD 78.74, OFA 80.54) with a teacher of 89.26, on the test set's 10,000.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -116,7 +117,7 @@ def digits_teacher() -> Recipe:
 
 CROPS = Data(batch=64, augment=("crop", "flip"))
 
-VARIANTS = {
+VARIANTS: dict[str, Callable[[], Recipe]] = {
     "default": default,
     "tokens": tokens,
     **{f"paradigm_{letter}": partial(paradigm, letter) for letter in "abcde"},
