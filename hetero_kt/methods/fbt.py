@@ -73,6 +73,8 @@ class FBT:
             if settings.fused_labels or any(self.fused[name] in pair for pair in pairs):
                 self.routes[name] = way
                 connectors[name] = connect(front, tail, settings)
+                if not _trained(settings):  # as it starts, it stays: not even decay moves it
+                    connectors[name].requires_grad_(False)
             if settings.pair.startswith("infonce"):
                 widths = {"student": student.width, name: teacher.stages.width, self.fused[name]: tail.width}
                 for pair in pairs:
@@ -80,6 +82,11 @@ class FBT:
                     contrasts[pair.name] = InfoNCE(learning, teaching, tail.width, gather=settings.gather)
             self.pairs += pairs
         self.aside: Fused | None = Fused(connectors, contrasts) if connectors or contrasts else None
+        if connectors and not contrasts and not _trained(settings):
+            raise ValueError(
+                f"--method.fbt.terms {' '.join(settings.terms)} with --method.fbt.pair {settings.pair} trains nothing of "
+                "the fused model: add teacher_fused, --method.fbt.fused-labels or --method.fbt.no-detach."
+            )
 
     def __call__(self, student: DeepSpeedEngine, aside: Any, pictures: Tensor, labels: Tensor) -> tuple[Tensor, Terms]:
         known = {name: teacher(pictures) for name, teacher in self.teachers.items()}
@@ -141,6 +148,12 @@ class FBT:
         device = next(iter(features.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=aside.torch_autocast_enabled()):
             return aside.module(features=features)
+
+
+def _trained(settings: config.FBT) -> bool:
+    """Whether anything teaches the fused model."""
+    teaching = "fused_student" in settings.terms and not settings.detach
+    return settings.fused_labels or "teacher_fused" in settings.terms or teaching
 
 
 def _pairs(settings: config.FBT, teacher: str, fused: str) -> list[Pair]:
