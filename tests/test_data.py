@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -217,6 +218,17 @@ def test_augmentation_is_fast_enough():
             loader.batch(step)
         rates.append(20 * 128 / (time.process_time() - started))
     assert min(rates) > 10_000, rates  # pictures per second of one core; some ten times as many are usual
+
+
+def test_a_fingerprint_tells_sets_apart():
+    images = numbered(300)
+    fingerprint = Loader(images, 8, 0, ("flip",)).fingerprint()
+    assert fingerprint == Loader(images, 4, 5, (), 1, 2).fingerprint()
+    assert set(fingerprint) == {"samples", "labels", "pictures"}
+    other = replace(images, labels=images.labels.flip(0))
+    repainted = replace(images, images=images.images.roll(1, 0))
+    fewer = images.take(torch.arange(299))
+    assert all(Loader(one, 8, 0, ()).fingerprint() != fingerprint for one in (other, repainted, fewer))
 
 
 # ---- evaluation

@@ -99,7 +99,8 @@ def test_two_ranks_with_two_workers_see_every_sample_once_an_epoch(set_folder):
             reader.close()
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_resume_in_the_middle_gives_the_same_batches(set_folder, count):
     first = of_shards(set_folder)
     expected = [first.batch(step) for step in range(9)]

@@ -334,6 +334,8 @@ def test_bad_parquet_is_one_sentence(tmp_path):
     assert "has no bytes" in complaint(file, out)
     parquet(file, 4, label=[0, 1, -2, 0])
     assert "labels are not 0 to 1" in complaint(file, tmp_path / "out2")
+    parquet(file, 4, image=[{"bytes": gif(), "path": None}] * 4)
+    assert "a.parquet (row group 3) holds a picture that is no JPEG" in complaint(file, tmp_path / "out3")
 
 
 # ---- damaged shards, and what is never decoded
@@ -489,6 +491,9 @@ def test_tiny_imagenet_becomes_shards_and_batches(real_data, tmp_path):
     train, test = (data.open_loader(config, str(tmp_path), train=part, seed=0) for part in (True, False))
     try:
         assert (train.samples, test.samples, train.steps_per_epoch) == (2400, 750, 24)
+        rows = pq.read_table(source / "train.parquet", columns=["image", "label"]).to_pylist()
+        content = {(train._source.content(k), int(train._source.labels[k])) for k in range(2400)}
+        assert content == {(row["image"]["bytes"], row["label"]) for row in rows}
         pictures, labels = train.batch(0)
         assert pictures.shape == (100, 3, 64, 64)
         assert pictures.mean().abs() < 0.6

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +99,8 @@ class _Samples:
     """Where each of a part's encoded pictures lies: `lengths[i]` bytes from `offsets[i]` of file `files[which[i]]`."""
 
     files: list[str]
+    names: list[str]
+    """The files as messages name them."""
     which: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
@@ -127,7 +128,7 @@ class _ClassFolders:
         files = [file for found in self._files.values() for file, _ in found]
         lengths = np.array([size for found in self._files.values() for _, size in found], np.int64)
         labels = np.repeat([numbers[name] for name in self._files], [len(found) for found in self._files.values()])
-        return _Samples(files, np.arange(len(files)), np.zeros(len(files), np.int64), lengths, labels)
+        return _Samples(files, files, np.arange(len(files)), np.zeros(len(files), np.int64), lengths, labels)
 
     def identity(self) -> Iterator[str]:
         for found in self._files.values():
@@ -172,7 +173,8 @@ class _Parquet:
         starts = [np.cumsum(each) - each for each in lengths]
         which = np.repeat(np.arange(len(jobs)), [len(each) for each in lengths])
         files = [f"{job.copy}.bin" for job in jobs]
-        return _Samples(files, which, np.concatenate(starts), np.concatenate(lengths), np.concatenate(labels))
+        names = [f"{job.file} (row group {job.group})" for job in jobs]
+        return _Samples(files, names, which, np.concatenate(starts), np.concatenate(lengths), np.concatenate(labels))
 
     def identity(self) -> Iterator[str]:
         for file in self.files:
@@ -331,6 +333,7 @@ def _jobs(folder: Path, scratch: Path, name: str, samples: _Samples, limit: tupl
         files, which = np.unique(samples.which[rows], return_inverse=True)
         own = _Samples(
             [samples.files[file] for file in files],
+            [samples.names[file] for file in files],
             which,
             samples.offsets[rows],
             samples.lengths[rows],
@@ -352,7 +355,7 @@ def _write_shard(job: _Shard) -> _Record:
         for row, content in enumerate(_contents(samples)):
             rows["crc32"][row] = zlib.crc32(content)
             label = str(samples.labels[row]).encode()
-            place = samples.files[samples.which[row]]
+            place = samples.names[samples.which[row]]
             writer.write({"__key__": f"{job.first + row:08d}", "cls": label, _extension(content, place): content})
         writer.close()
         stream.flush()
@@ -492,12 +495,7 @@ def _over(run: _Run, doing: str, function: Callable[[_Job], _Result], jobs: Sequ
             results.append(function(job))
             run.progress.advance(task)
         return results
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(run.workers, len(jobs)),
-        mp_context=context,
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
+    pool = concurrent.futures.ProcessPoolExecutor(min(run.workers, len(jobs)), mp_context=context)
     try:
         for result in pool.map(function, jobs):
             results.append(result)

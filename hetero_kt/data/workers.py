@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -54,7 +55,6 @@ class Stream:
             self._options |= {
                 "num_workers": workers,
                 "prefetch_factor": _AHEAD,
-                "worker_init_fn": _begin,
                 "multiprocessing_context": context,
             }
         self._tasks = tasks
@@ -90,10 +90,10 @@ class Stream:
         self._results = None
 
     def _start(self) -> Iterator[Any]:
-        # A generator of its own: without one, the loader would draw from the trainer's.
-        loader = DataLoader(sampler=_Tasks(self), generator=torch.Generator(), **self._options)
-        with _sheltered():
-            return iter(loader)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: as was asked
+            # A generator of its own: without one, the loader would draw from the trainer's.
+            return iter(DataLoader(sampler=_Tasks(self), generator=torch.Generator(), **self._options))
 
     def pending(self) -> Iterator[Any]:
         """Tasks that have not been delivered."""
@@ -131,7 +131,7 @@ class _Worker(ForkServerProcess):
     @staticmethod
     def _Popen(process_obj: Any) -> Popen:
         multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
-        with _main_hidden():
+        with _main_hidden(), _sheltered():
             return Popen(process_obj)
 
 
@@ -157,17 +157,13 @@ def _main_hidden() -> Iterator[None]:
 
 @contextmanager
 def _sheltered() -> Iterator[None]:
-    """Processes started inside do not hear of signals to the whole group that mean the trainer: USR1 (save, the time
+    """The server and its workers do not hear of signals to the whole group that mean the trainer: USR1 (save, the time
     is up) and INT. They inherit the mask. TERM still ends them, and they end with the trainer."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(result: Any) -> Any:
