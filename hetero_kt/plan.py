@@ -152,14 +152,15 @@ def _shape(layout: Layout) -> tuple[int, ...]:
 
 
 def _macs(module: nn.Module, inputs: Any) -> int:
-    """Multiply-accumulates of one forward in eval mode."""
+    """Multiply-accumulates of linear and convolution layers in one forward in eval mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(inputs)
     for part, training in modes:
         part.training = training
-    return counter.get_total_flops() // 2
+    layers = {torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm}
+    return sum(flops for kind, flops in counter.get_flop_counts()["Global"].items() if kind in layers) // 2
 
 
 def show(recipe: Recipe, world: int) -> None:

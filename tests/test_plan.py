@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from small import zero
+from test_launchers import LAUNCHERS, load
 
 from hetero_kt import models, parts, plan
-from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Transfer
+from hetero_kt import run as running
+from hetero_kt.config import Data, Distill, MergeNet, Model, Optim, Recipe, Teacher, Transfer
+from hetero_kt.distributed import launch
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.options import without_local_rank
@@ -21,6 +25,19 @@ def test_parameters_and_macs_of_resnet18_are_the_published_ones() -> None:
     cost = plan.model_cost(module, Model("timm:resnet18", "d"), 224, world=1)
     assert cost.parameters == 11_689_512
     assert cost.macs / 1e9 == pytest.approx(1.814, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("vit_small_patch16_224", 4.24), ("swin_tiny_patch4_window7_224", 4.35)]
+)
+def test_macs_are_those_of_linear_and_convolution_layers(name: str, billions: float) -> None:
+    """By hand: every linear layer at every token. The products of attention are not among them."""
+    module = models.build(f"timm:{name}", 1000, image_size=224)
+    cost = plan.model_cost(module, Model(f"timm:{name}", "d"), 224, world=1)
+    if name.startswith("vit"):
+        width = 384
+        assert cost.macs == 196 * 3 * 16 * 16 * width + 12 * 197 * 12 * width**2 + width * 1000
+    assert cost.macs / 1e9 == pytest.approx(billions, abs=0.005)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +103,37 @@ def test_the_plan_prints_every_model_and_transfer(capsys: Any) -> None:
     printed = capsys.readouterr().out
     for word in ("resnet", "mobilenetv2", "on 4 rank(s)", "4x96", "ZeRO"):
         assert word in printed
+
+
+def test_the_plan_of_a_distillation_prints_teachers_and_what_training_adds(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the launcher, which starts nothing: Table 6's first pair."""
+    launcher = next(path for path in LAUNCHERS if path.stem == "cifar_fbt")
+    arguments = [
+        *("--plan", "--models.student.name", "timm:resnet18", "--data.pictures.name", "generated"),
+        *("--method.teachers.teacher.name", "timm:deit_tiny_patch16_224"),
+    ]
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["cifar_fbt.py", *arguments])
+    monkeypatch.setattr(launch, "start", None)
+    running.main(load(launcher).VARIANTS)
+    printed = capsys.readouterr().out
+    for word in ("frozen teachers", "Table 6", "student 1-3 -> L2G -> teacher 4", "0.38M", "0.075G", "OFA", "5.54M"):
+        assert word in printed, printed
+
+
+def test_a_plan_of_a_pair_that_cannot_be_fused_names_the_option() -> None:
+    one = Recipe(
+        "planned",
+        {"student": Model("cifar:resnet_tiny", "d")},
+        {"d": Data("generated", batch=8)},
+        Distill({"t": Teacher("timm:vgg11")}),
+        steps=1,
+    )
+    with pytest.raises(ValueError, match=r"^--method.teachers.t.name: VGG cannot be split into stages"):
+        plan.connection(one, "t", models.build("cifar:resnet_tiny", 100))
 
 
 def test_local_rank_of_the_deepspeed_command_is_dropped() -> None:

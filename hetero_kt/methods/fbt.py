@@ -84,8 +84,8 @@ class FBT:
         self.aside: Fused | None = Fused(connectors, contrasts) if connectors or contrasts else None
         if connectors and not contrasts and not _trained(settings):
             raise ValueError(
-                f"--method.fbt.terms {' '.join(settings.terms)} with --method.fbt.pair {settings.pair} trains nothing of "
-                "the fused model: add teacher_fused, --method.fbt.fused-labels or --method.fbt.no-detach."
+                f"--method.fbt.terms {' '.join(settings.terms)} with --method.fbt.pair {settings.pair} trains nothing "
+                "of the fused model: add teacher_fused, --method.fbt.fused-labels or --method.fbt.no-detach."
             )
 
     def __call__(self, student: DeepSpeedEngine, aside: Any, pictures: Tensor, labels: Tensor) -> tuple[Tensor, Terms]:
