@@ -315,8 +315,8 @@ class Recipe:
 
 # --- recipes as text ---
 
-BOOKKEEPING = frozenset({"data_dir", "output_dir", "log_every", "eval_every", "save_every", "keep"})
-"""Recipe fields that change where a run is kept and how often it is looked at, but none of its numbers."""
+BOOKKEEPING = frozenset({"data_dir", "output_dir", "log_every", "eval_every", "save_every", "keep", "workers"})
+"""Fields that change where a run is kept, how often it is looked at and who reads its data, but none of its numbers."""
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -350,7 +350,7 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
     return [
         path
         for path in dict.fromkeys((*ours, *theirs))
-        if path not in BOOKKEEPING and ours.get(path, missing) != theirs.get(path, missing)
+        if path.rpartition(".")[2] not in BOOKKEEPING and ours.get(path, missing) != theirs.get(path, missing)
     ]
 
 

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hetero_kt import data
 from hetero_kt.checks import zero_block
 from hetero_kt.config import Recipe, differences, from_yaml, to_yaml
 from hetero_kt.distributed import checkpoint
+from hetero_kt.models.teacher import Frozen
 from hetero_kt.options import Options, without_local_rank
 from hetero_kt.trainer import Trainer
 
@@ -87,25 +89,50 @@ def _check_same_recipe(recipe: Recipe, folder: Path, resume: str) -> None:
 
 
 def fingerprint(
-    recipe: Recipe, train: Mapping[str, data.Loader], test: Mapping[str, data.Loader]
+    recipe: Recipe,
+    train: Mapping[str, data.Loader],
+    test: Mapping[str, data.Loader],
+    teachers: Mapping[str, Frozen],
 ) -> dict[str, dict[str, Any]]:
-    """What a recipe only names: the samples of each data set, and the stage in each model's ZeRO file."""
+    """What a recipe only names: the samples of each data set, the stage in each model's ZeRO file, the weights of each
+    teacher."""
     return {
         "data": {name: [train[name].fingerprint(), test[name].fingerprint()] for name in recipe.data},
         "zero": {name: zero_block(model.zero)["stage"] for name, model in recipe.models.items()},
+        "teachers": {name: teacher.checksum() for name, teacher in teachers.items()},
     }
+
+
+def check_same_everywhere(ours: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare `fingerprint` over the ranks, whose nodes may have copies of their own. Collective.
+
+    Raises:
+        ValueError: this rank sees other samples or teachers than the first.
+    """
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, ours)
+    for kind, entries in ours.items():
+        for name in entries:
+            if entries[name] != everybody[0][kind][name]:
+                what = {"data": "another --data", "teachers": "another --method.teachers"}.get(kind, "another --models")
+                raise ValueError(f"{what}.{name} lies here than on rank 0: give all nodes the same copy.")
 
 
 def check_same_data(recipe: Recipe, ours: Mapping[str, Mapping[str, Any]], folder: Path, resume: str) -> None:
     """Compare `fingerprint` with the one in the folder that a run goes on from.
 
     Raises:
-        ValueError: other samples, or another ZeRO stage.
+        ValueError: other samples, another teacher, or another ZeRO stage.
     """
     file = folder / "data.json"
     try:
         theirs = json.loads(file.read_text()) if file.exists() else ours
-        changed = [(kind, name) for kind in ours for name in ours[kind] if theirs[kind][name] != ours[kind][name]]
+        changed = [
+            (kind, name)
+            for kind in ours
+            for name in ours[kind]
+            if theirs.get(kind, ours[kind])[name] != ours[kind][name]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume {resume}: {file} cannot be read: remove it to go on unchecked.") from error
     for kind, name in changed:
@@ -113,6 +140,11 @@ def check_same_data(recipe: Recipe, ours: Mapping[str, Mapping[str, Any]], folde
             raise ValueError(
                 f"--data-dir {recipe.data_dir} holds another {recipe.data[name].name} than {folder} was trained on: "
                 "name that one's, or use --resume never to begin again."
+            )
+        if kind == "teachers":
+            raise ValueError(
+                f"--method.teachers.{name} has other weights than the teacher that {folder} was trained with: name "
+                "that one's, or use --resume never to begin again."
             )
         raise ValueError(
             f"--models.{name}.zero {recipe.models[name].zero} is stage {ours[kind][name]} and {folder} was trained at "

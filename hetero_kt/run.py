@@ -24,11 +24,18 @@ from hetero_kt.data import Loader
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import evaluate
-from hetero_kt.folder import check_same_data, fingerprint, look, open_folder, run_folder, write_result
+from hetero_kt.folder import (
+    check_same_data,
+    check_same_everywhere,
+    fingerprint,
+    look,
+    open_folder,
+    run_folder,
+    write_result,
+)
 from hetero_kt.methods import Diverged
 from hetero_kt.options import Options, leave, parse, runs, runs_before
 from hetero_kt.trainer import Trainer
-
 
 FRESH = Options()
 """How the variants of `--first` run: to their end, from where they stopped."""
@@ -90,12 +97,14 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
     with _agreed(ranks):
         modules = {name: module.to(ranks.device) for name, module in parts.build_models(recipe).items()}
         train, test = parts.build_loaders(recipe, ranks)
-        seen_data = fingerprint(recipe, train, test)
-        if start_from is not None:
-            check_same_data(recipe, seen_data, start_from.parents[1], options.resume)
     with _agreed(ranks):  # by itself: what a method adds is made equal on all ranks, which all have to reach
         prepared = parts.prepare(recipe, modules, train, ranks)
     with _agreed(ranks):
+        seen_data = fingerprint(recipe, train, test, prepared.teachers)
+        if start_from is not None:
+            check_same_data(recipe, seen_data, start_from.parents[1], options.resume)
+    with _agreed(ranks):
+        check_same_everywhere(seen_data)
         if ranks.first:
             open_folder(recipe, options, folder, seen_data)
     parameters = {name: parts.parameters(module) for name, module in modules.items()}

@@ -54,7 +54,7 @@ def start(arguments: list[str], frozen: str = "") -> tuple[Any, str, str]:
 
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
-        patch.setattr(running, "build_engine", no_engine)
+        patch.setattr(running.parts, "build_learner", no_engine)
         patch.setattr(models, "build", with_frozen)
         patch.setattr(launch, "start", lambda: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
         patch.setattr(dist, "destroy_process_group", lambda: None)
@@ -233,7 +233,7 @@ def test_what_one_rank_finds_wrong_ends_all(
 
 
 def uneven(folder: str, error: Exception) -> tuple[Any, str, str]:
-    load_data = running.data.load
+    load_data = running.parts.data.load
 
     def missing_here(config: Any, data_dir: str, *, train: bool) -> Any:
         if dist.get_rank() == 1:
@@ -241,7 +241,7 @@ def uneven(folder: str, error: Exception) -> tuple[Any, str, str]:
         return load_data(config, data_dir, train=train)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running.data, "load", missing_here)
+        patch.setattr(running.parts.data, "load", missing_here)
         return start(["--output-dir", folder, *DIGITS])
 
 
@@ -280,7 +280,7 @@ def tied(recipe: Any) -> str:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
         patch.setattr(models, "build", with_twin)
-        patch.setattr(running, "build_engine", None)
+        patch.setattr(running.parts, "build_learner", None)
         with pytest.raises(running.UserError) as error:
             running.run(recipe, Options(), ranks, launch.StopSignal())
     return str(error.value)

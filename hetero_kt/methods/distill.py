@@ -21,6 +21,7 @@ from hetero_kt.distributed.learner import Learner
 from hetero_kt.models.teacher import Frozen
 from hetero_kt.nn import losses
 from hetero_kt.nn.branches import Branches
+from hetero_kt.nn.fused import temperatures
 from hetero_kt.nn.stages import Stages
 
 Teachers = Mapping[str, Frozen]
@@ -122,6 +123,10 @@ class FitNet:
 
 class _ByTeacher(nn.ModuleDict):
     """One comparison of features for each teacher."""
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's optimizers ask: a temperature is no weight."""
+        return temperatures(self)
 
     def forward(self, own: dict[str, Any], known: Mapping[str, dict[str, Any]]) -> dict[str, Tensor]:
         return {name: compare(own, known[name]) for name, compare in self.items()}

@@ -5,6 +5,7 @@ Shape suffixes: B rows, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ class Frozen:
         own = [torch.tensor(values).view(1, -1, 1, 1).to(device) for values in (own_mean, own_std)]
         self.same = (tuple(mean), tuple(std)) == (tuple(own_mean), tuple(own_std))
         self.scale, self.shift = given[1] / own[1], (given[0] - own[0]) / own[1]
+
+    def checksum(self) -> int:
+        """Of its weights and buffers, before `start`."""
+        total = 0
+        for name, tensor in self.module.state_dict().items():
+            plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            total = zlib.crc32(plain.numpy().tobytes(), zlib.crc32(name.encode(), total))
+        return total
 
     def start(self) -> None:
         """Take its place on the device, or over the ranks. Collective."""

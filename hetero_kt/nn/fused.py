@@ -111,6 +111,10 @@ class Fused(nn.Module):
         self.connectors = nn.ModuleDict(connectors)
         self.contrasts = nn.ModuleDict(contrasts)
 
+    def no_weight_decay(self) -> set[str]:
+        """timm's optimizers ask: a temperature is no weight."""
+        return temperatures(self)
+
     def forward(
         self,
         features: Mapping[str, Tensor] | None = None,
@@ -126,6 +130,11 @@ class Fused(nn.Module):
             for name, (learning, teaching) in (pairs or {}).items()
         }
         return {**(terms or {}), **contrasts}
+
+
+def temperatures(module: nn.Module) -> set[str]:
+    """Names of the learned temperatures in `module`."""
+    return {name for name, _ in module.named_parameters() if name.endswith("log_scale")}
 
 
 def macs(connector: L2G) -> int:
