@@ -20,7 +20,7 @@ import torch.distributed as dist
 from hetero_kt import parts, plan, report
 from hetero_kt.checks import check
 from hetero_kt.config import Recipe
-from hetero_kt.data import Loader
+from hetero_kt.data import Loader, Unreadable
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import evaluate
@@ -65,6 +65,8 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
         # All ranks are here. After an error of one rank only, leaving the group would wait for the others.
         dist.destroy_process_group()
         leave(error, status=1 if isinstance(error, Diverged) else 2)
+    except Unreadable as error:  # of this rank only: whoever started the ranks ends the others
+        leave(error, alone=True)
     dist.destroy_process_group()
     if finished and ranks.first:
         report.finish(Path(recipe.output_dir) / recipe.name)

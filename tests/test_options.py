@@ -161,7 +161,10 @@ def test_what_tyro_refuses_is_shown_with_the_nearest(
     ("arguments", "message"),
     [
         (["--variant", "papr"], "--variant papr is unknown: use default or short."),
-        (["--control", "nois"], "--control nois is unknown: use noise, none, standardise, transfer, shuffled or frozen."),
+        (
+            ["--control", "nois"],
+            "--control nois is unknown: use noise, none, standardise, transfer, shuffled or frozen.",
+        ),
         (["--compare", "kd"], "--compare kd is unknown: use transfer, none, noise, shuffled, frozen or standardise."),
         (
             ["--models.resnet5.optim.lr", "1"],

@@ -505,3 +505,29 @@ def test_tiny_imagenet_becomes_shards_and_batches(real_data, tmp_path):
         assert train.notices() == test.notices() == []
     finally:
         train.close()
+
+
+def test_a_run_over_a_damaged_picture_ends_in_one_sentence_or_counts_it(tmp_path):
+    tree, folder = tmp_path / "tree", tmp_path / "data" / "tiny_imagenet30"
+    for part, first in (("train", 0), ("val", 100)):
+        class_folders(tree / part, 24, first)
+    cli.main(["shards", str(tree), str(folder)])
+    shard = folder / "train" / "train-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[int(Index(folder / "train").table()["offset"][0]) + 20] ^= 0xFF
+    shard.write_bytes(content)
+    launcher = Path(__file__).resolve().parents[1] / "launchers" / "imagenet_fbt.py"
+    options = ["--data.pictures.workers", "0", "--data-dir", "data", "--data.pictures.batch", "8", "--steps", "3"]
+    command = [sys.executable, str(launcher), "--variant", "tiny_teacher", *options]
+
+    def start(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    stopped = start("--data.pictures.corrupt", "stop")
+    assert stopped.returncode == 2, stopped.stderr
+    assert shard.name in stopped.stderr.splitlines()[-1]
+    assert stopped.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in stopped.stderr
+    going_on = start("--resume", "never")
+    assert going_on.returncode == 0, going_on.stderr
+    assert shard.name in going_on.stdout

@@ -17,10 +17,10 @@ from hetero_kt.data.generated import generated
 from hetero_kt.data.images import ImageSet, class_counts, draw_per_class
 from hetero_kt.data.loader import Loader
 from hetero_kt.data.mixing import Mixer
-from hetero_kt.data.pictures import InMemory, PictureLoader
+from hetero_kt.data.pictures import InMemory, PictureLoader, Unreadable
 from hetero_kt.data.shards import Index, Shards, local
 
-__all__ = ["ImageSet", "Loader", "PictureLoader", "classes", "load", "open_loader"]
+__all__ = ["ImageSet", "Loader", "PictureLoader", "Unreadable", "classes", "load", "open_loader"]
 
 _VALIDATION, _SUBSET = (counter.key(0, part) for part in (0, 1))
 

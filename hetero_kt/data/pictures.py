@@ -32,6 +32,10 @@ _AUGMENT, _REPLACE = 3, 4
 _REPLACEMENTS = 32  # samples tried in a damaged one's place before the set counts as lost
 
 
+class Unreadable(ValueError):
+    """Damage that ends the run: met by one rank in the middle of an epoch, while the others go on."""
+
+
 class Damaged(Exception):
     """A sample that cannot be read, and why, without a full stop."""
 
@@ -217,13 +221,13 @@ class PictureLoader:
         self._decoded += len(drawn.labels)
         for sample, reason in drawn.bad:
             if self._corrupt == "stop":
-                raise ValueError(
+                raise Unreadable(
                     f"{self._source.place(sample)}: {reason}: write it again, or leave damaged pictures out "
                     "with corrupt skip."
                 )
             self._bad[sample] = reason
         if drawn.lost:
-            raise ValueError(
+            raise Unreadable(
                 f"{self.name}: {_REPLACEMENTS} samples one after the other cannot be read ({drawn.bad[-1][1]}): "
                 "write the shards again."
             )
