@@ -116,10 +116,10 @@ def parameters(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
-def _check_precision(option: str, precision: str, module: nn.Module) -> None:
+def _check_precision(option: str, precision: str, module: nn.Module, whose: str = "this model") -> None:
     """BatchNorm's running statistics are sums of many small steps, which parameters stored in bf16 would round away."""
     if precision == "bf16" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-        raise ValueError(f"{option} bf16 does not suit the BatchNorm in this model: use autocast.")
+        raise ValueError(f"{option} bf16 does not suit the BatchNorm in {whose}: use autocast.")
 
 
 def _learner(recipe: Recipe, name: str, module: nn.Module, ranks: Ranks) -> Learner:
@@ -209,7 +209,10 @@ def _prepare_distill(
     ((name, module),) = modules.items()
     model = recipe.models[name]
     pictures = recipe.data[model.data]
-    stages = expose(module, pictures.image_size)
+    try:
+        stages = expose(module, pictures.image_size)
+    except ValueError as error:
+        raise ValueError(f"--models.{name}.name {model.name}: {error}.") from error
     stages.checkpointing = model.checkpointing
     teachers = {}
     if method.objective != "none":
@@ -230,6 +233,8 @@ def _prepare_distill(
     seed_by_name(recipe, method.objective)
     objective = _objective(method, stages, teachers, train[model.data].classes)
     aside = objective.aside.to(ranks.device) if objective.aside is not None else None
+    if aside is not None:
+        _check_precision(f"--models.{name}.precision", model.precision, aside, f"{method.objective}'s {objective.name}")
 
     def start() -> Method:
         learners = {name: _learner(recipe, name, module, ranks)}

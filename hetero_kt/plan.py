@@ -140,7 +140,7 @@ def _staged(option: str, module: nn.Module, size: int) -> Stages:
     try:
         return split(module, size)
     except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
+        raise ValueError(f"{option}: {error}.") from error
 
 
 def _shape(layout: Layout) -> tuple[int, ...]:

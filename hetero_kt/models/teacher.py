@@ -128,17 +128,16 @@ def build_teacher(
         ValueError: no or missing weights, weights for other classes or of another model, a model without stages.
     """
     size = config.image_size or image_size
-    if config.init == RANDOM:
-        module = build(config.name, classes, image_size=size)
-    elif config.init:
-        module = build(config.name, classes, image_size=size, init=str(weights_of(config.init, option, output_dir)))
-    elif config.pretrained:
-        module = build(config.name, classes, image_size=size, pretrained=True)
-    else:
+    if not (config.init or config.pretrained):
         raise ValueError(
             f"{option} has no weights: name a safetensors file, a run's folder or run:RECIPE as {option}.init, "
             f"or give {option}.pretrained."
         )
+    file = "" if config.init in ("", RANDOM) else str(weights_of(config.init, option, output_dir))
+    try:
+        module = build(config.name, classes, image_size=size, init=file, pretrained=config.pretrained)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}.") from error
     published: Any = getattr(module, "pretrained_cfg", None) or {}
     if config.pretrained and published.get("num_classes") != classes:
         raise ValueError(
@@ -148,7 +147,7 @@ def build_teacher(
     try:
         stages = expose(module, size)
     except ValueError as error:
-        raise ValueError(f"{option}.name {config.name}: {error}") from error
+        raise ValueError(f"{option}.name {config.name}: {error}.") from error
     own_mean = config.mean or (tuple(published.get("mean", mean)) if config.pretrained else mean)
     own_std = config.std or (tuple(published.get("std", std)) if config.pretrained else std)
     return Frozen(
