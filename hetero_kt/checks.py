@@ -53,6 +53,12 @@ def check(recipe: Recipe, world: int = 1) -> None:
         _check_data(name, data, world)
     for name, model in recipe.models.items():
         _check_model(name, model, recipe.data, world)
+        if model.steps > recipe.steps:
+            raise ValueError(
+                f"--models.{name}.steps {model.steps} is more than the run's --steps {recipe.steps}: raise those."
+            )
+    if all(0 < model.steps < recipe.steps for model in recipe.models.values()):
+        raise ValueError(f"--steps {recipe.steps} is more than any model trains for: lower it to the longest.")
     if isinstance(recipe.method, Distill):
         _check_distill(recipe, recipe.method)
         return
@@ -100,6 +106,7 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
     if model.name not in known():
         raise ValueError(f"{option}.name {model.name} is no model: use {nearest(model.name, known())}.")
     _at_least(f"{option}.micro-batch", model.micro_batch, 0)
+    _at_least(f"{option}.steps", model.steps, 0)
     share = data[model.data].batch // world
     if model.micro_batch and share % model.micro_batch:
         raise ValueError(

@@ -132,6 +132,8 @@ class Model:
     """File with DeepSpeed's `zero_optimization` block."""
     micro_batch: int = 0
     """Rows per rank in one forward; 0 takes a rank's whole share. Accumulation follows from it."""
+    steps: int = 0
+    """Optimizer steps after which this model rests, and with it every transfer of its own; 0 trains the whole run."""
     label_smoothing: float = 0.0
     """Of the model's own cross-entropy."""
     ema: float = 0.0
@@ -311,6 +313,10 @@ class Recipe:
     log_every: int = 10
     keep: int = 2
     """Checkpoints kept."""
+
+    def budget(self, model: str) -> int:
+        """Optimizer steps that the model called `model` trains for."""
+        return self.models[model].steps or self.steps
 
 
 # --- recipes as text ---

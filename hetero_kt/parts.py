@@ -126,7 +126,7 @@ def _learner(recipe: Recipe, name: str, module: nn.Module, ranks: Ranks) -> Lear
     """`module`, trained as the recipe's model `name` is."""
     model = recipe.models[name]
     rows = recipe.data[model.data].batch // ranks.world
-    return build_learner(module, model, zero_block(model.zero), rows=rows, steps=recipe.steps)
+    return build_learner(module, model, zero_block(model.zero), rows=rows, steps=recipe.budget(name))
 
 
 # --- MergeNet ---
@@ -153,7 +153,7 @@ def _prepare_mergenet(recipe: Recipe, method: MergeNet, modules: Mapping[str, nn
             for name, model in recipe.models.items()
         }
         exchange = _exchange(recipe, list(_transfers(recipe, method, engines).values()))
-        return mergenet.MergeNet(learners, exchange, losses)
+        return mergenet.MergeNet(learners, exchange, losses, {name: recipe.budget(name) for name in learners})
 
     return Prepared({f"adapter {name}": parameters(adapter) for name, adapter in adapters.items()}, {}, start)
 
@@ -191,6 +191,7 @@ def _transfers(recipe: Recipe, method: MergeNet, owners: Mapping[str, Any]) -> d
             update=t.update,
             moments=t.moments,
             name=name,
+            until=min(recipe.budget(split_site(site)[0]) for site in (t.source, t.target)),
         )
     return transfers
 

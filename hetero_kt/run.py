@@ -179,9 +179,10 @@ def _agreed(ranks: Ranks) -> Iterator[None]:
 
 
 def _batches(recipe: Recipe, loaders: Mapping[str, Loader], step: int) -> dict[str, Any]:
-    """Each model's batch; models that name the same data share one."""
-    drawn = {name: loader.batch(step) for name, loader in loaders.items()}
-    return {name: drawn[model.data] for name, model in recipe.models.items()}
+    """The batch of each model that still trains; models that name the same data share one."""
+    training = {name: model.data for name, model in recipe.models.items() if step < recipe.budget(name)}
+    drawn = {name: loaders[name].batch(step) for name in dict.fromkeys(training.values())}
+    return {name: drawn[data] for name, data in training.items()}
 
 
 def _announce(

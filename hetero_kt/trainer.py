@@ -168,7 +168,7 @@ class _Log:
         self.folder, self.start, self.last, self.ranks = folder, start, last, ranks
         self.evaluated_again = evaluated_again
         self.measured: Callable[[], Mapping[str, float]] = dict
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, tuple[Tensor, int]] = {}
         self.transfers: list[tuple[int, dict[str, Tensor]]] = []
         self.count = 0
         self.said = start  # the step of the last line where there is no terminal for a bar
@@ -216,7 +216,8 @@ class _Log:
         measured = dict(scalars)
         for name in [name for name in scalars if name.endswith("loss")]:
             value = measured.pop(name)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)  # a model may rest before the interval ends
         if measured:
             self.transfers.append((step, measured))
         self.count += 1
@@ -226,7 +227,7 @@ class _Log:
         if not self.count:
             return
         names = sorted(self.sums)
-        losses = torch.stack([self.sums[name].float() for name in names]) / self.count
+        losses = torch.stack([total.float() / count for total, count in (self.sums[name] for name in names)])
         dist.all_reduce(losses)
         seconds = time.perf_counter() - self.clock
         values = dict(zip(names, (losses / self.ranks.world).tolist(), strict=True))

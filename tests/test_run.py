@@ -248,3 +248,24 @@ def test_a_launcher_trains_on_real_cifar100(real_data: Path, tmp_path: Path) -> 
     for metrics in result["metrics"].values():
         assert 0 <= metrics["top1"] <= metrics["top5"] <= 100
         assert 3 < metrics["loss"] < 8, "near the log of a hundred classes"
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_model_rests_after_its_own_steps_and_its_transfers_with_it(ranks: Any, tmp_path: Path, stage: int) -> None:
+    """The other one goes on, losses are means over the steps that a model trained, and a resume changes nothing."""
+    long = tiny.recipe(tmp_path / "long", stage, eval_every=2, log_every=4)
+    resting = replace(long, models={**long.models, "resnet": replace(long.models["resnet"], steps=3)})
+    whole = tiny.train(ranks(2), resting)
+    lines = tiny.lines(run_folder(resting))
+    assert {line["step"] for line in lines if "there/gate" in line} == {1, 3}
+    assert {line["step"] for line in lines if "back/gate" in line} == {1}
+    assert [line["step"] for line in lines if "mobilenetv2/loss" in line] == [4, 6]
+    assert [line["step"] for line in lines if "resnet/loss" in line] == [4]
+
+    tested = {line["step"]: line for line in lines if "resnet/test_loss" in line}
+    assert tested[4]["resnet/test_loss"] == tested[6]["resnet/test_loss"] != tested[2]["resnet/test_loss"]
+    assert tested[4]["mobilenetv2/test_loss"] != tested[6]["mobilenetv2/test_loss"]
+
+    again = replace(resting, output_dir=str(tmp_path / "again"), save_every=4)
+    tiny.train(ranks(2), again, Options(max_steps=4))
+    tiny.assert_same_end(tiny.train(ranks(2), again), whole)

@@ -68,6 +68,12 @@ class Transfer:
     update: Literal["lookahead", "exact"] = "lookahead"
     moments: Literal["keep", "reset"] = "keep"
     name: str = ""
+    until: int = 0
+    """Steps after which nothing is transferred any more; 0: never."""
+
+    def is_due(self, step: int) -> bool:
+        """True in front of a step that a transfer comes before."""
+        return step % self.cycle == 0 and not 0 < self.until <= step
 
 
 class Exchange:
@@ -108,7 +114,7 @@ class Exchange:
         Raises:
             TransferDiverged: five proposals in a row were not finite.
         """
-        self._due = [p for p in self.paths if self.control != "none" and self.step % p.transfer.cycle == 0]
+        self._due = [p for p in self.paths if self.control != "none" and p.transfer.is_due(self.step)]
         for path in self._due:
             path.raise_if_diverged()
         self.step += 1
@@ -523,6 +529,7 @@ class MergeNet:
     Args:
         learners: one a model, by the model's name.
         losses: the model's name -> (engine, batch) -> scalar loss.
+        budgets: the model's name -> optimizer steps after which it rests; a model without one never does.
     """
 
     def __init__(
@@ -530,19 +537,22 @@ class MergeNet:
         learners: dict[str, Learner],
         exchange: Exchange,
         losses: Mapping[str, Callable[[nn.Module, Any], Tensor]],
+        budgets: Mapping[str, int] | None = None,
     ) -> None:
-        self.learners, self.exchange, self.losses = learners, exchange, losses
+        self.learners, self.exchange, self.losses, self.budgets = learners, exchange, losses, budgets or {}
         self.models = tuple(learners)
 
     def step(self, step: int, batches: Mapping[str, Any]) -> dict[str, Tensor]:
-        """One optimizer step of every model, a transfer first where one is due; `{name: scalar}` on the device."""
+        """One optimizer step of every model that still trains, a transfer first where one is due; `{name: scalar}` on
+        the device."""
+        training = {n: learner for n, learner in self.learners.items() if step < self.budgets.get(n, step + 1)}
         self.exchange.propose()
         log = {}
-        for name, learner in self.learners.items():
+        for name, learner in training.items():
             learner.begin(step)
             log[f"{name}/loss"] = self._accumulate(learner.engine, batches[name], self.losses[name])
         self.exchange.observe()
-        for learner in self.learners.values():
+        for learner in training.values():
             learner.step()
         return log | self.exchange.learn()
 
