@@ -13,19 +13,22 @@ import torch
 from test_launchers import load
 from torch import nn
 
-from hetero_kt import options
+from hetero_kt import cli, options
 from hetero_kt.distributed import launch
+from hetero_kt.models import build
 from hetero_kt.run import run
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPE, PLAIN, ENGINES = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-COMMANDS = [
+RECIPE, TAUGHT, PLAIN, ENGINES, PLAIN_FBT, ENGINES_FBT = re.findall(
+    r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL
+)
+LINES = [
     line
     for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
-    if "launchers/" in line
 ]
+STAGE_3 = '{"stage": 3, "stage3_param_persistence_threshold": 0}'
 
 
 def test_the_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +42,25 @@ def test_the_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(ordinary(names["x"]), names["narrow"](names["x"]))
 
 
+def test_the_plain_loop_of_fbt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student is an ordinary model, knows more than chance, and the teacher kept what it knew."""
+    frozen = "teacher.requires_grad_(False).eval()\n"
+    assert frozen in PLAIN_FBT
+    before = "before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}\n"
+    (tmp_path / "plain.py").write_text(PLAIN_FBT.replace(frozen, frozen + before))
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path("plain.py")
+    for name, tensor in names["teacher"].state_dict().items():
+        assert torch.equal(tensor, names["before"][name]), name
+    assert all(p.grad is not None for p in [*names["connector"].parameters(), *names["contrasts"].parameters()])
+    ordinary = build("cifar:resnet_tiny", 10)
+    ordinary.load_state_dict(torch.load("student.pt"))
+    ordinary.eval()
+    with torch.no_grad():
+        right = ordinary(names["x"][1000:]).argmax(1) == names["y"][1000:]
+    assert right.float().mean() > 0.3
+
+
 def run_block(source: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(source, names)
@@ -48,7 +70,7 @@ def run_block(source: str) -> dict[str, Any]:
     return {"shapes": shapes, "updates": [path.updates for path in names["exchange"].paths]}
 
 
-@pytest.mark.parametrize("stage", ['{"stage": 2}', '{"stage": 3, "stage3_param_persistence_threshold": 0}'])
+@pytest.mark.parametrize("stage", ['{"stage": 2}', STAGE_3])
 def test_the_loop_of_engines(ranks: Any, stage: str) -> None:
     assert '{"stage": 2}' in ENGINES
     for result in ranks(2).run(run_block, ENGINES.replace('{"stage": 2}', stage)):
@@ -56,24 +78,96 @@ def test_the_loop_of_engines(ranks: Any, stage: str) -> None:
         assert result["updates"] == [2, 2]
 
 
+def run_fbt_block(source: str) -> dict[str, Any]:
+    """Terms, the average's weights (loaded by a model of the same name), and those without it."""
+    names: dict[str, Any] = {}
+    exec(source, names)
+    build("cifar:mixer_tiny", 10).load_state_dict(names["weights"])
+    own = names["params"].state_dict(names["engines"][0])
+    for engine in names["engines"]:
+        engine.destroy()
+    classifier = "head.weight"
+    return {
+        "terms": sorted(names["terms"]),
+        "average": names["weights"][classifier].numpy(),
+        "own": own[classifier].numpy(),
+    }
+
+
+@pytest.mark.parametrize("stage", ['{"stage": 2}', STAGE_3])
+def test_the_loop_of_engines_of_fbt(ranks: Any, stage: str) -> None:
+    assert '{"stage": 2}' in ENGINES_FBT
+    first, second = ranks(2).run(run_fbt_block, ENGINES_FBT.replace('{"stage": 2}', stage))
+    pairs = ("fused_to_student", "teacher_to_fused", "teacher_to_student")
+    assert first["terms"] == [f"{pair}/{loss}_loss" for pair in pairs for loss in ("infonce", "ofa")]
+    assert (first["average"] == second["average"]).all()
+    assert (first["average"] != first["own"]).any()
+
+
 def run_recipe(source: str, variant: str, folder: str) -> bool:
     names: dict[str, Any] = {"__name__": "mine"}
     exec(source, names)
-    variants = {name: names[name] for name in ("default", "often")}
+    variants = {name: value for name, value in names.items() if name in ("default", "teacher")}
     arguments = ["--variant", variant, "--debug", "--output-dir", folder]
     return run(*options.resolve(variants, arguments), launch.start(), launch.StopSignal())
 
 
-@pytest.mark.parametrize("variant", ["default", "often"])
-def test_the_recipe(ranks: Any, tmp_path: Path, variant: str) -> None:
-    assert ranks(2).run(run_recipe, RECIPE, variant, str(tmp_path)) == [True, True]
-    assert len(list(tmp_path.glob("*/transfer/seed0/export/*.safetensors"))) == 2
+@pytest.mark.parametrize(
+    ("source", "variant", "exported"),
+    [
+        (RECIPE, "default", {"resnet", "mobilenetv2"}),
+        (TAUGHT, "default", {"student", "student_ema"}),
+        (TAUGHT, "teacher", {"resnet"}),
+    ],
+    ids=["mutual", "taught", "teacher"],
+)
+def test_the_recipes(ranks: Any, tmp_path: Path, source: str, variant: str, exported: set[str]) -> None:
+    assert ranks(2).run(run_recipe, source, variant, str(tmp_path)) == [True, True]
+    assert {file.stem for file in tmp_path.glob("*/*/seed0/export/*.safetensors")} == exported
+
+
+def test_the_taught_recipe_finds_the_teacher_that_it_trains_before() -> None:
+    names: dict[str, Any] = {"__name__": "mine"}
+    exec(TAUGHT, names)
+    variants = {name: names[name] for name in ("default", "teacher")}
+    recipe, chosen = options.resolve(variants, ["--first", "teacher", "--compare", "none", "kd"])
+    (before,) = options.runs_before(recipe, chosen, variants)
+    ((_, teacher),) = recipe.method.teachers.items()  # type: ignore[union-attr]
+    ((_, trained),) = before.models.items()
+    assert teacher.init == f"run:{before.name}"
+    assert teacher.name == trained.name
 
 
 def test_every_launcher_command_has_options_that_exist() -> None:
-    assert len(COMMANDS) > 8
-    for command in COMMANDS:
+    commands = [line for line in LINES if "launchers/" in line]
+    assert len(commands) > 12
+    for command in commands:
         words = shlex.split(command.partition("&&")[0])
         at = next(i for i, word in enumerate(words) if word.startswith("launchers/"))
         arguments = [word for word in words[at + 1 :] if word != "--help"]
-        options.resolve(load(ROOT / words[at]).VARIANTS, arguments)
+        variants = load(ROOT / words[at]).VARIANTS
+        options.runs_before(*options.resolve(variants, arguments), variants)
+
+
+def test_options_in_tables_exist() -> None:
+    """Those of distillation, as a row of a table gives them."""
+    variants = load(ROOT / "launchers" / "cifar_fbt.py").VARIANTS
+    rows = "\n".join(line for line in TEXT.splitlines() if line.startswith("|"))
+    found = [text for text in re.findall(r"`(--(?:method|models|data)\.[^`]*)`", rows) if "NAME" not in text]
+    found += [f"--method.{text}" for text in re.findall(r"`((?:kd|ofa|fitnet|fbt)\.[a-z]+ [^`]+)`", rows)]
+    assert len(found) > 20
+    for text in found:
+        options.resolve(variants, shlex.split(text))
+
+
+def test_every_command_of_hetero_kt_has_options_that_exist() -> None:
+    commands = [line for line in LINES if line.startswith("hetero-kt ")]
+    commands += re.findall(r"^\$ (hetero-kt .*)$", TEXT, re.MULTILINE)
+    assert {command.split()[1] for command in commands} == {"plan", "sites", "report", "export", "shards", "features"}
+    for command in commands:
+        cli._parser().parse_args(shlex.split(command)[1:])
+
+
+def test_pictures_are_there() -> None:
+    for file in re.findall(r"\]\((docs/[^)]*)\)", TEXT):
+        assert (ROOT / file).is_file(), file
