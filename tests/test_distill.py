@@ -1,0 +1,585 @@
+"""Whole distillation runs: what they train, save, go on from and leave behind; and what they refuse to start."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_fbt as plain
+import timm
+import tiny
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from test_fbt import CLASSES, ROWS, SIZE, assert_equal, frozen, rows_of, zero
+from test_launchers import LAUNCHERS, load
+from timm.models.resnet import Bottleneck, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from tiny import Plan
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hetero_kt import config, data, models, options
+from hetero_kt import run as running
+from hetero_kt.config import Data, Distill, Mix, Model, Optim, Schedule, Teacher, Transform
+from hetero_kt.data import Loader
+from hetero_kt.distributed import launch, params
+from hetero_kt.distributed.launch import Ranks, StopSignal
+from hetero_kt.distributed.learner import build_learner
+from hetero_kt.evaluate import evaluate
+from hetero_kt.folder import run_folder
+from hetero_kt.methods import distill
+from hetero_kt.methods.fbt import FBT
+from hetero_kt.models.teacher import Frozen
+from hetero_kt.nn.stages import Stages, expose
+from hetero_kt.options import Options
+
+STRONG = Transform(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
+EMA = 0.9
+
+# --- going on ---
+
+
+def everything(folder: Path, stage: int, workers: int) -> config.Recipe:
+    """FBT with an average, accumulation, timm's pipeline and mixed labels."""
+    pictures = Data("generated", batch=8, pipeline="timm", transform=STRONG, mix=Mix(0.8, 1.0), workers=workers)
+    base = tiny.distillation(folder, stage, data={"all": pictures}, steps=4)
+    return tiny.with_student(base, ema=EMA, micro_batch=2, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(("stage", "workers"), [(1, 2), (3, 0)])
+def test_resumed_and_stopped_runs_end_like_uninterrupted_ones(
+    ranks: Any, tmp_path: Path, stage: int, workers: int
+) -> None:
+    whole = everything(tmp_path / "whole", stage, workers)
+    uninterrupted = tiny.train(ranks(2), whole)
+    parts = everything(tmp_path / "parts", stage, workers)
+    folder = run_folder(parts)
+    number = signal.SIGTERM if workers else signal.SIGUSR1
+    stopped = tiny.train(ranks(2), parts, Options(), Plan(signals=((1, 1, number),)))
+    assert [end["done"] for end in stopped] == [False, False]
+    assert not (folder / "result.json").exists()
+    resumed = tiny.train(ranks(2), parts)
+    assert [(end["first_step"], end["done"]) for end in resumed] == [(2, True)] * 2
+    tiny.assert_same_end(resumed, uninterrupted)
+    assert [(end["moved"], end["teachers moved"]) for end in resumed] == [(True, False)] * 2
+    assert tiny.lines(folder) == tiny.lines(run_folder(whole))
+    exports = [load_file(run_folder(recipe) / "export" / "student_ema.safetensors") for recipe in (whole, parts)]
+    tiny.assert_equal(*exports)
+
+
+def test_a_mergenet_run_keeps_averages_too(ranks: Any, tmp_path: Path) -> None:
+    def averaged(folder: Path) -> config.Recipe:
+        base = tiny.recipe(folder, stage=2, steps=4)
+        return replace(base, models={name: replace(model, ema=EMA) for name, model in base.models.items()})
+
+    whole, parts = averaged(tmp_path / "whole"), averaged(tmp_path / "parts")
+    uninterrupted = tiny.train(ranks(2), whole)
+    tiny.train(ranks(2), parts, Options(max_steps=2))
+    tiny.assert_same_end(tiny.train(ranks(2), parts), uninterrupted)
+    views = {"resnet", "resnet_ema", "mobilenetv2", "mobilenetv2_ema"}
+    assert {file.stem for file in (run_folder(parts) / "export").iterdir()} == views
+    result = json.loads((run_folder(parts) / "result.json").read_text())
+    assert result["metrics"].keys() == views
+    assert result["metrics"]["resnet"] != result["metrics"]["resnet_ema"]
+    for name in whole.models:
+        check_average(run_folder(parts) / "export", name, uninterrupted[0]["averages"][name])
+
+
+# --- what is left behind ---
+
+
+def check_average(folder: Path, name: str, average: list[Any]) -> None:
+    """The exported average is the learner's, to the bit where there is nothing to multiply out."""
+    weights = average[0]["average"]["weights"]
+    exported = load_file(folder / f"{name}_ema.safetensors")
+    own = load_file(folder / f"{name}.safetensors")
+    shared = [key for key in weights if key in exported]
+    assert shared
+    assert all(torch.equal(weights[key], exported[key]) for key in shared)
+    assert any(not torch.equal(exported[key], own[key]) for key in shared)
+
+
+def tensors_of(folder: Path) -> Tensor:
+    """Every number in a checkpoint's files."""
+    found = []
+    for file in folder.rglob("*.pt"):
+        found += [leaf.detach().float().flatten() for leaf in all_tensors(torch.load(file, weights_only=False))]
+    return torch.cat(found)
+
+
+def all_tensors(tree: Any, seen: set[int] | None = None) -> list[Tensor]:
+    """As `tiny.leaves`, through objects too."""
+    seen = set() if seen is None else seen
+    if id(tree) in seen:
+        return []
+    seen.add(id(tree))
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    parts = [*parts, *vars(tree).values()] if hasattr(tree, "__dict__") and not isinstance(tree, type) else parts
+    return [leaf for part in parts for leaf in all_tensors(part, seen)]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_student_and_connector_are_saved_and_the_student_alone_is_exported(
+    ranks: Any, tmp_path: Path, stage: int
+) -> None:
+    recipe = tiny.with_student(tiny.distillation(tmp_path, stage, steps=2), ema=EMA)
+    ends = tiny.train(ranks(2), recipe, Options(), Plan(logits=True))
+    folder = run_folder(recipe)
+
+    saved = folder / "checkpoints" / "2"
+    assert {path.name for path in saved.iterdir() if path.is_dir()} == {"student", "fused"}
+    numbers = tensors_of(saved)
+    teacher = load_file(tmp_path / "teacher.safetensors")
+    theirs = torch.cat([w.flatten() for w in teacher.values() if w.is_floating_point() and w.ndim > 1])
+    ours = torch.cat([w.flatten() for w in ends[0]["student"].values() if w.ndim > 1])
+    assert torch.isin(ours, numbers).all()
+    assert torch.isin(theirs, numbers).float().mean() < 0.1, "some of 16 million numbers agree by chance"
+    trained = sum(w.numel() for part in ("student", "fused") for w in ends[0][part].values())
+    moments = sum(
+        leaf.numel()
+        for end in ends
+        for part in ("student", "fused")
+        for leaf in tiny.leaves(end[f"{part} optimizer"]["state"])
+    )
+    padding = 64 * len([*ends[0]["student"], *ends[0]["fused"]])
+    assert trained <= moments <= trained + padding, "one moment for each trained weight, over both ranks"
+
+    exported = folder / "export"
+    assert {file.name for file in exported.iterdir()} == {"student.safetensors", "student_ema.safetensors"}
+    check_average(exported, "student", ends[0]["averages"]["student"])
+    measured = json.loads((folder / "result.json").read_text())
+    assert measured["metrics"].keys() == {"student", "student_ema"}
+    assert measured["teachers"].keys() == {"teacher"}
+    assert measured["added_parameters"]["fused"] == sum(w.numel() for w in ends[0]["fused"].values())
+    for view, metrics in measured["metrics"].items():
+        fresh = models.build("cifar:resnet_tiny", 100)
+        fresh.load_state_dict(load_file(exported / f"{view}.safetensors"), strict=True)
+        fresh.eval()
+        if view == "student":
+            with torch.no_grad():
+                torch.testing.assert_close(fresh(tiny.pictures()), ends[0]["logits"]["student"], rtol=1e-5, atol=1e-6)
+        test = Loader(data.load(recipe.data["all"], train=False), 8, 0, (), 0, 1, torch.device("cpu"))
+        assert evaluate(fresh, test, "cpu") == pytest.approx(metrics, rel=1e-5)
+    known = models.build("cifar:swin_tiny", 100, init=str(tmp_path / "teacher.safetensors")).eval()
+    assert evaluate(known, test, "cpu") == pytest.approx(measured["teachers"]["teacher"], rel=1e-5)
+    assert not any(end["teachers moved"] for end in ends)
+
+
+# --- baselines against one plain process ---
+
+Terms = Callable[[Stages, Stages, Any, Tensor, Tensor], dict[str, Tensor]]
+
+
+def kd_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    answer, known = run_stages(student, x), known_of(teacher, x)
+    q, p = (answer["logits"] / 3).log_softmax(1), (known["logits"] / 3).softmax(1)
+    taught = 3**2 * (p * (p.log() - q)).sum(1).mean()
+    return {"student/loss": F.cross_entropy(answer["logits"], y), "teacher_to_student/kd_loss": 2 * taught}
+
+
+def ofa_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    answer, p = run_stages(student, x), known_of(teacher, x)["logits"].softmax(1)
+    right = F.one_hot(y, CLASSES)
+    weight = (p + right) ** 1.5 - right
+    early = [-(weight * logits.log_softmax(1)).sum(1).mean() for logits in aside(answer["stages"])]
+    return {
+        "student/loss": F.cross_entropy(answer["logits"], y),
+        "teacher_to_student/ofa_loss": -(weight * answer["logits"].log_softmax(1)).sum(1).mean(),
+        "teacher_to_branches/ofa_loss": 0.5 * sum(early),  # type: ignore[dict-item]
+    }
+
+
+def fitnet_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    answer = run_stages(student, x)
+    compared = aside["teacher"](answer, known_of(teacher, x))
+    return {"student/loss": F.cross_entropy(answer["logits"], y), "teacher_to_student/fitnet_loss": 0.5 * compared}
+
+
+def none_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    return {"student/loss": F.cross_entropy(run_stages(student, x)["logits"], y)}
+
+
+def run_stages(model: Stages, x: Tensor) -> dict[str, Any]:
+    features = []
+    for k in (1, 2, 3, 4):
+        x = model.stage(k, x)
+        features.append(x)
+    pooled, logits = model.head(x)
+    return {"stages": features, "pooled": pooled, "logits": logits}
+
+
+def known_of(teacher: Stages, x: Tensor) -> dict[str, Any]:
+    with torch.no_grad():
+        return run_stages(teacher, x)
+
+
+def objective(kind: str, student: Stages, teachers: dict[str, Frozen]) -> Any:
+    torch.manual_seed(5)
+    if kind == "kd":
+        return distill.KD(config.KD(temperature=3, weight=2), teachers)
+    if kind == "ofa":
+        return distill.OFA(config.OFA(gamma=1.5, weight=0.5), student, teachers, CLASSES)
+    if kind == "none":
+        return distill.Alone()
+    return distill.FitNet(config.FitNet(kind, weight=0.5), student, teachers)  # type: ignore[arg-type]
+
+
+BASELINES: dict[str, Terms] = {
+    "none": none_terms,
+    "kd": kd_terms,
+    "ofa": ofa_terms,
+    **dict.fromkeys(("stages", "final", "pooled", "infonce"), fitnet_terms),
+}
+SGD = Optim("sgd", lr=0.05)
+STEPS = 4
+
+
+def pair(case: str) -> tuple[nn.Module, Stages, dict[str, Frozen]]:
+    make_student, make_teacher = plain.CASES[case]
+    student = make_student(1)
+    return student, expose(student, SIZE), {"teacher": frozen(make_teacher(2))}
+
+
+def train_baseline(kind: str, case: str, stage: int) -> dict[str, Any]:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    student, stages, teachers = pair(case)
+    chosen = objective(kind, stages, teachers)
+    share = ROWS // world
+    model = Model("", "", optim=SGD, schedule=Schedule("constant"), micro_batch=share // 2)
+    modules = {"student": student} | ({chosen.name: chosen.aside} if chosen.aside is not None else {})
+    learners = {
+        name: build_learner(module, model, zero(stage), rows=share, steps=STEPS) for name, module in modules.items()
+    }
+    method = distill.Distillation(learners, chosen)
+    losses = []
+    for step in range(STEPS):
+        log = method.step(step, {"student": rows_of(step, rank, world)})
+        values = torch.stack([log[name] for name in sorted(log)])
+        dist.all_reduce(values)
+        losses.append(dict(zip(sorted(log), (values / world).tolist(), strict=True)))
+    found: dict[str, Any] = {"losses": losses}
+    for name, learner in learners.items():
+        engine = learner.engine
+        named = engine.module.named_parameters()
+        weights = {k: params.read([params.Weight(engine, p)])[0].numpy() for k, p in named}
+        found["student" if name == "student" else "fused"] = weights
+    found["buffers"] = {k: b.numpy().copy() for k, b in student.named_buffers()}
+    for learner in learners.values():
+        learner.engine.destroy()
+    return found
+
+
+def plain_baseline(kind: str, case: str, world: int) -> dict[str, Any]:
+    student, stages, teachers = pair(case)
+    aside = objective(kind, stages, teachers).aside
+    modules = {"student": student} | ({"fused": aside} if aside is not None else {})
+    named = [(name, p) for module in modules.values() for name, p in module.named_parameters()]
+    spared = [p for name, p in named if name.endswith(("cls_token", "pos_embed", "log_scale"))]
+    decayed = [p for name, p in named if not name.endswith(("cls_token", "pos_embed", "log_scale"))]
+    groups: Any = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=SGD.lr, momentum=SGD.momentum, weight_decay=SGD.weight_decay)
+    owned = [buffer for module in modules.values() for buffer in module.buffers()]
+    kept = [copy.deepcopy(owned) for _ in range(world)]
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        shown: dict[str, float] = {}
+        for rank in range(world):
+            for buffer, value in zip(owned, kept[rank], strict=True):
+                buffer.copy_(value)
+            x, y = rows_of(step, rank, world)
+            for pictures, labels in zip(x.chunk(2), y.chunk(2), strict=True):
+                terms = BASELINES[kind](stages, teachers["teacher"].stages, aside, pictures, labels)
+                terms["total_loss"] = sum(terms.values())  # type: ignore[assignment]
+                (terms["total_loss"] / world / 2).backward()
+                for name, value in terms.items():
+                    shown[name] = shown.get(name, 0.0) + float(value.detach()) / world / 2
+            kept[rank] = copy.deepcopy(owned)
+        optimizer.step()
+        losses.append(shown)
+    for buffer, value in zip(owned, kept[0], strict=True):
+        buffer.copy_(value)
+    found = {name: {k: p.detach().numpy() for k, p in m.named_parameters()} for name, m in modules.items()}
+    return {"losses": losses, "buffers": {k: b.numpy() for k, b in student.named_buffers()}, **found}
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        *((kind, "cnn learns from transformer") for kind in ("none", "kd", "ofa", "stages", "pooled")),
+        *((kind, "transformer learns from cnn") for kind in ("ofa", "stages", "final", "infonce")),
+    ],
+)
+def test_baselines_equal_a_plain_single_process(ranks: Any, kind: str, case: str) -> None:
+    found = ranks(2).run(train_baseline, kind, case, 2)
+    assert_equal(found[0], plain_baseline(kind, case, 2))
+
+
+def begin(recipes: list[config.Recipe]) -> list[tuple[dict[str, Tensor], list[Tensor]]]:
+    """Of each run, the student's first weights and the first batches."""
+    seen: list[Any] = []
+
+    class Watched(running.Trainer):
+        def fit(self) -> bool:
+            state = copy.deepcopy(self.engines["student"].module.state_dict())
+            shown = [copy.deepcopy(t) for step in range(2) for t in self.batches(step)["student"]]
+            seen.append((state, shown))
+            return super().fit()
+
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
+        patch.setattr(running, "Trainer", Watched)
+        for recipe in recipes:
+            running.run(recipe, Options(), ranks, StopSignal())
+    return seen
+
+
+def test_every_objective_starts_from_the_same_student_and_batches(ranks: Any, tmp_path: Path) -> None:
+    base = tiny.distillation(tmp_path, steps=2)
+    mixed = {"all": replace(base.data["all"], mix=Mix(mixup=0.8))}
+    recipes = [replace(base, data=mixed, method=base.method.with_arm(arm)) for arm in base.method.arms()]
+    assert [recipe.method.arm for recipe in recipes] == ["none", "kd", "ofa", "fitnet", "fbt"]
+    (first, shown), *others = ranks(1).run(begin, recipes)[0]
+    for state, pictures in others:
+        tiny.assert_equal(state, first)
+        tiny.assert_equal(pictures, shown)
+    finals = [load_file(run_folder(recipe) / "export" / "student.safetensors") for recipe in recipes]
+    assert len({final["fc.weight"].numpy().tobytes() for final in finals}) == 5, "and then each goes its way"
+    assert all(json.loads((run_folder(r) / "result.json").read_text())["control"] == r.method.arm for r in recipes)
+
+
+# --- pairs ---
+
+
+def made(family: str) -> nn.Module:
+    """A shallow model of timm's class."""
+    small = {"img_size": SIZE, "num_classes": CLASSES}
+    if family == "ResNet50":
+        block: Any = Bottleneck
+        return ResNet(block, (1, 1, 1, 1), num_classes=CLASSES, channels=(16, 16, 16, 16))
+    if family in ("ViT-S", "DeiT-T"):
+        heads, width = {"ViT-S": (6, 96), "DeiT-T": (3, 48)}[family]
+        return VisionTransformer(patch_size=4, embed_dim=width, depth=4, num_heads=heads, **small)  # type: ignore[arg-type]
+    if family in ("Swin-N", "Swin-P"):
+        name = {"Swin-N": "swin_nano_patch4_window7_224", "Swin-P": "swin_pico_patch4_window7_224"}[family]
+        return timm.create_model(name, patch_size=2, window_size=4, **small)
+    tiny_form = {
+        "ResNet18": "resnet",
+        "MobileNetV2": "mobilenetv2",
+        "ConvNeXt-T": "convnext",
+        "Swin-T": "swin",
+        "Mixer-B/16": "mixer",
+        "ResMLP-S12": "resmlp",
+    }
+    return models.build(f"cifar:{tiny_form[family]}_tiny", CLASSES)
+
+
+def pairs(teachers: str, students: str) -> list[tuple[str, str]]:
+    return [(teacher, student) for teacher in teachers.split() for student in students.split()]
+
+
+CIFAR = [
+    *pairs("Swin-T ViT-S Mixer-B/16", "ResNet18 MobileNetV2"),
+    *pairs("ConvNeXt-T Mixer-B/16", "DeiT-T Swin-P"),
+    *pairs("ConvNeXt-T Swin-T", "ResMLP-S12"),
+]
+IMAGENET = [
+    *pairs("DeiT-T Swin-T Mixer-B/16", "ResNet18 MobileNetV2"),
+    *pairs("ResNet50 ConvNeXt-T Mixer-B/16", "DeiT-T Swin-N"),
+    *pairs("ConvNeXt-T Swin-T", "ResMLP-S12"),
+]
+LOCAL = ("ResNet18", "ResNet50", "MobileNetV2", "ConvNeXt-T")
+
+
+def step_of(teacher: str, student: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    module = made(student)
+    known = {"teacher": frozen(made(teacher))}
+    fbt = FBT(config.FBT(), expose(module, SIZE), known)
+    assert fbt.aside is not None
+    model = Model("", "", optim=SGD, schedule=Schedule("constant"))
+    learners = {
+        name: build_learner(part, model, zero(1), rows=4, steps=1)
+        for name, part in (("student", module), ("fused", fbt.aside))
+    }
+    before = {name: copy.deepcopy(dict(part.engine.module.named_parameters())) for name, part in learners.items()}
+    x, y = rows_of(0, 0, 2)
+    log = distill.Distillation(learners, fbt).step(0, {"student": (x, y)})
+    learned = {
+        name: [k for k, p in part.engine.module.named_parameters() if not torch.equal(p, before[name][k])]
+        for name, part in learners.items()
+    }
+    for part in learners.values():
+        part.engine.destroy()
+    return {"log": {k: float(v) for k, v in log.items()}, "way": fbt.routes["teacher"], "learned": learned}
+
+
+@pytest.mark.parametrize(("teacher", "student"), dict.fromkeys([*CIFAR, *IMAGENET]))
+def test_every_published_pair_does_a_step(ranks: Any, teacher: str, student: str) -> None:
+    found = ranks(1).run(step_of, teacher, student)[0]
+    ways = [f"{a}_to_{b}" for a, b in (("teacher", "student"), ("teacher", "fused"), ("fused", "student"))]
+    terms = {f"{way}/{loss}" for way in ways for loss in ("infonce_loss", "ofa_loss")}
+    assert found["log"].keys() == {"student/loss", "total_loss", *terms}
+    assert all(torch.isfinite(torch.tensor(value)) for value in found["log"].values())
+    turned = teacher in LOCAL and student not in LOCAL
+    assert found["way"].front == ("teacher" if turned else "student")
+    assert found["way"].tail == ("student" if turned else "teacher")
+    assert len(found["learned"]["fused"]) > 5, "the connector and the temperatures"
+    assert found["learned"]["student"]
+
+
+def test_the_pairs_are_twelve_and_fourteen() -> None:
+    assert (len(CIFAR), len(IMAGENET)) == (12, 14)
+
+
+# --- progressive, and from several teachers ---
+
+
+def test_a_student_learns_from_an_earlier_run_and_from_two_teachers_at_once(ranks: Any, tmp_path: Path) -> None:
+    first = tiny.distillation(tmp_path, objective="kd", name="assistant", steps=2)
+    first = tiny.with_student(first, name="cifar:mobilenetv2_tiny")
+    tiny.train(ranks(2), first)
+    assistant = Teacher("cifar:mobilenetv2_tiny", init="run:assistant")
+    both = {**first.method.teachers, "assistant": assistant}
+    second = tiny.distillation(tmp_path, stage=2, method=Distill(both), steps=2)
+    ends = tiny.train(ranks(2), second)
+    assert not any(end["teachers moved"] for end in ends)
+    result, earlier = (json.loads((run_folder(r) / "result.json").read_text()) for r in (second, first))
+    assert result["teachers"].keys() == {"teacher", "assistant"}
+    assert result["teachers"]["assistant"] == pytest.approx(earlier["metrics"]["student"], rel=1e-5)
+    logged = {name for line in tiny.lines(run_folder(second)) for name in line if name.endswith("loss")}
+    for name in both:
+        for way in (f"{name}_to_student", f"{name}_to_fused_{name}", f"fused_{name}_to_student"):
+            assert {f"{way}/infonce_loss", f"{way}/ofa_loss"} <= logged
+
+
+# --- bad input ---
+
+LAUNCHER = next(path for path in LAUNCHERS if path.stem == "cifar_fbt")
+TEACHER = "--method.teachers.teacher"
+FRESH = (f"{TEACHER}.init", "random")
+STUDENT = "--models.student"
+BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "student without stages": (
+        (*FRESH, f"{STUDENT}.name", "timm:edgenext_xx_small"),
+        (f"{STUDENT}.name timm:edgenext_xx_small", "EdgeNeXt cannot be split"),
+    ),
+    "teacher without stages": (
+        (*FRESH, f"{TEACHER}.name", "timm:edgenext_xx_small"),
+        (f"{TEACHER}.name timm:edgenext_xx_small", "EdgeNeXt cannot be split"),
+    ),
+    "ZeRO-0": ((*FRESH, "--zero-config", "ds_configs/zero0.json"), (f"{STUDENT}.zero", "stage 0", "zero1.json")),
+    "micro-batch": ((*FRESH, f"{STUDENT}.micro-batch", "3"), (f"{STUDENT}.micro-batch 3", "16 rows", "use 2")),
+    "odd rows to mix": (
+        (*FRESH, "--data.pictures.batch", "6", "--data.pictures.mix.mixup", "0.8"),
+        ("--data.pictures.mix", "3 here", "even"),
+    ),
+    "bf16": (
+        (*FRESH, f"{STUDENT}.name", "cifar:mobilenetv2_tiny", f"{STUDENT}.precision", "bf16"),
+        (f"{STUDENT}.precision bf16", "BatchNorm", "autocast"),
+    ),
+    "bf16 branches": (
+        (*FRESH, "--control", "ofa", f"{STUDENT}.name", "cifar:convnext_tiny", f"{STUDENT}.precision", "bf16"),
+        (f"{STUDENT}.precision bf16", "BatchNorm in ofa's branches", "autocast"),
+    ),
+    "control of MergeNet": ((*FRESH, "--control", "noise"), ("--control noise", "none")),
+    "unknown teacher": ((f"{TEACHER[:-1]}.init", "random"), (f"{TEACHER[:-1]}.init", "teacher", "digits_fbt")),
+    "teacher, unknown model": ((*FRESH, f"{TEACHER}.name", "cifar:resnet_tin"), (f"{TEACHER}.name", "resnet_tiny")),
+    "gamma": ((*FRESH, "--method.fbt.gamma", "0"), ("--method.fbt.gamma 0", "not positive")),
+    "temperature": ((*FRESH, "--method.kd.temperature", "-1"), ("--method.kd.temperature -1", "not positive")),
+    "teacher not trained": ((), (f"{TEACHER}.init run:digits_fbt_teacher", "train that model first")),
+    "no weights": ((f"{TEACHER}.init", ""), (f"{TEACHER} has no weights", f"{TEACHER}.pretrained")),
+    "both weights": ((*FRESH, f"{TEACHER}.pretrained"), (f"{TEACHER}.pretrained", f"{TEACHER}.init", "one of them")),
+    "missing file": ((f"{TEACHER}.init", "{folder}/none.safetensors"), (f"{TEACHER}.init {{folder}}/none", "exist")),
+    "other classes": (
+        (f"{TEACHER}.init", "{folder}/seven.safetensors"),
+        (TEACHER, "fc.weight is 7x96, not 10x96"),
+    ),
+    "other model": (
+        (f"{TEACHER}.name", "cifar:swin_tiny", f"{TEACHER}.init", "{folder}/seven.safetensors"),
+        (TEACHER, "another model's"),
+    ),
+    "teacher in pieces": (
+        (*FRESH, f"{TEACHER}.zero", "ds_configs/zero2.json"),
+        (f"{TEACHER}.zero ds_configs/zero2.json", "not stage 3"),
+    ),
+    "class token": (
+        (*FRESH, f"{STUDENT}.name", "cifar:vit_tiny", "--method.fbt.no-last-stage"),
+        ("--method.fbt.last-stage off", "class token"),
+    ),
+    "nothing to train": (
+        (*FRESH, "--method.fbt.terms", "fused_student", "--method.fbt.pair", "kd"),
+        ("--method.fbt.terms fused_student", "add teacher_fused"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("bad")
+    save_file(models.build("cifar:resnet_tiny", 7).state_dict(), path / "seven.safetensors")
+    return path
+
+
+def start(arguments: list[str]) -> tuple[Any, str, str]:
+    """The launcher's `main` on this rank, up to the first engine: (status, stdout, stderr)."""
+
+    def no_engine(*_: Any, **__: Any) -> None:
+        raise AssertionError("an engine was started")
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
+        patch.setattr(running.parts, "build_learner", no_engine)
+        patch.setattr(Frozen, "start", no_engine)
+        patch.setattr(launch, "start", lambda: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
+        patch.setattr(dist, "destroy_process_group", lambda: None)
+        patch.setattr(options, "PATIENCE", 0.0)
+        patch.setattr(sys, "argv", ["cifar_fbt.py", "--variant", "digits", *arguments])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                running.main(load(LAUNCHER).VARIANTS)
+                status: Any = 0
+            except SystemExit as end:
+                status = end.code
+            except AssertionError as error:
+                status = str(error)
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_before_an_engine_starts(ranks: Any, folder: Path, case: str) -> None:
+    arguments, words = (tuple(text.replace("{folder}", str(folder)) for text in texts) for texts in BAD[case])
+    found = ranks(2).run(start, ["--output-dir", str(folder / "runs"), *arguments])
+    assert [status for status, _, _ in found] == [2, 2], found
+    assert [out for _, out, _ in found] == ["", ""]
+    (_, _, said), (_, _, other) = found
+    assert other == ""
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1, said
+    for word in words:
+        assert word in said, said
+    assert not (folder / "runs").exists(), "and no run folder is made"
+
+
+def test_each_rank_alone_refuses_an_unknown_recipe_to_train_first(ranks: Any, tmp_path: Path) -> None:
+    found = ranks(2).run(start, ["--output-dir", str(tmp_path), *FRESH, "--first", "digits_teachr"])
+    for (status, out, said), who in zip(found, ("", "rank 1: "), strict=True):
+        assert (status, out) == (2, "")
+        assert said.startswith(f"error: {who}--first digits_teachr is unknown: use digits_teacher")
+
+
+def test_the_same_input_without_a_mistake_reaches_the_first_engine(ranks: Any, tmp_path: Path) -> None:
+    found = ranks(2).run(start, ["--output-dir", str(tmp_path), *FRESH])
+    assert [status for status, _, _ in found] == ["an engine was started"] * 2
