@@ -88,16 +88,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             whole = BertTokenizer.from_pretrained(str(path if path.is_dir() else path.parent), local_files_only=True)
         else:
             whole = BertTokenizer(vocab=str(file))
-        missing = [token for token in _SPECIAL if whole.get_vocab().get(token) is None]
+        # Of a vocab.txt as it is written: what it lacks is silently added behind its end.
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n") if file.suffix == ".txt" else []
+        missing = [token for token in _SPECIAL if token not in (lines or whole.get_vocab())]
     except Exception as error:  # a damaged file can raise anything, Rust's panics included
         raise ValueError(f"{file} cannot be read as a tokenizer ({_first_line(error)}): fetch it again") from error
     if missing or len(whole) <= len(_SPECIAL):
         lacking = f"lacks {missing[0]}" if missing else "holds special tokens only"
         raise ValueError(f"{file} is not the vocabulary of a BERT: it {lacking}: name another one")
-    if file.suffix == ".txt":
-        lines = sum(1 for _ in file.open(encoding="utf-8", newline="\n"))
-        if len(whole) != lines:
-            raise ValueError(f"{file} has {lines} lines but {len(whole)} different tokens: remove the repeated ones")
+    if lines and len(whole) != len(lines):
+        raise ValueError(f"{file} has {len(lines)} lines but {len(whole)} different tokens: remove the repeated ones")
     return Tokenizer(whole, str(path))
 
 
