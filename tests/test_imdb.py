@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,12 @@ import torch
 from texts import ROWS, tokenizer, write_parquet, write_reviews
 from torch import nn
 
-from hetero_kt.data import imdb, masked
+from hetero_kt.data import masked
 from hetero_kt.data.masked import IGNORED, MaskedRows
 from hetero_kt.data.text import TextLoader, load_tokenizer
 from hetero_kt.tasks import masked_lm, sentiment
 
+imdb = importlib.import_module("hetero_kt.data.imdb")  # the package has a function of this name
 TEXTS = ["Good<br /><br />river!", "the king was in the north", "a", "", "Zoë: naïve — 北京", "x " * 50]
 LABELS = [1, 0, 1, 0, 1, 0]
 

@@ -360,6 +360,14 @@ def test_the_loss_is_transformers_own_and_does_not_see_padding(tmp_path, tokens)
     wide = tuple(torch.from_numpy(x) for x in rows.take(np.array([0]), 24, np.zeros(1, np.uint64)))
     assert wide[0].shape[1] > ids.shape[1] or rows.lengths[0] == 24
     assert torch.allclose(qa.loss(model, wide), expected, atol=1e-5)
+    scores = qa.logits(model, ids, mask, types)
+    smooth = [
+        nn.functional.cross_entropy(one, label, label_smoothing=0.3)
+        for one, label in zip(scores, (start, end), strict=True)
+    ]
+    assert torch.allclose(qa.loss(model, wide, label_smoothing=0.3), sum(smooth) / 2, atol=1e-5)
+    qa.loss(model, wide, label_smoothing=0.3).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_short_row_between_long_ones_has_the_loss_it_has_alone(tmp_path, tokens):

@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from hetero_kt.data import cache, counter, imdb, squad
+from hetero_kt.data import cache, counter
+from hetero_kt.data.imdb import read as read_reviews
+from hetero_kt.data.squad import find
+from hetero_kt.data.squad import read as read_questions
 from hetero_kt.data.text import Tokenizer
 
 _FORMAT = 1  # of the cache
@@ -112,5 +115,5 @@ def pretraining(
     Raises:
         ValueError: data that is missing, damaged or laid out differently.
     """
-    texts = [*squad.read(squad.find(data_dir, "train")).contexts, *imdb.read(data_dir, "train")[0]]
+    texts = [*read_questions(find(data_dir, "train")).contexts, *read_reviews(data_dir, "train")[0]]
     return MaskedRows(texts, tokenizer, length, train=train, folder=folder)

@@ -206,10 +206,10 @@ def _heads(width: int) -> int:
 def _folder(name: str, rest: str) -> Path:
     """Where the files of `hf:` lie; fetched from the hub where no folder is called so."""
     path = Path(rest)
-    if path.is_dir():
+    if rest and path.is_dir():
         return path
     if not rest or path.is_absolute() or rest.startswith(".") or len(path.parts) > 2:
-        raise ValueError(f"{name}: there is no folder {rest or '.'}: name one that save_pretrained has written")
+        raise ValueError(f"{name}: there is no folder {rest!r}: name one that save_pretrained has written")
     import huggingface_hub
 
     try:
@@ -289,7 +289,7 @@ def _take(model: PreTrainedModel, name: str, path: str) -> Start:
         pooler = [key for key in body if _POOLER in key]
         if not any(key in found for key in pooler):  # a body from another task may have none
             body = {key: shape for key, shape in body.items() if key not in pooler}
-        given = {key: shape for key, (shape, _) in found.items()}
+        given = {key: shape for key, (shape, *_) in found.items()}
         wrong = _misfits(body, given)
         wrong += [f"{k} is unknown" for k in given if k.startswith(prefix) and k not in shapes and _POOLER not in k]
         if wrong:

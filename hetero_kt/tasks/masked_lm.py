@@ -24,11 +24,12 @@ def logits(model: Any, ids_BL: Tensor, mask_BL: Tensor, types_BL: Tensor, positi
     return bert.outputs(model, ids_BL, mask_BL, types_BL, positions=positions_BK).float()
 
 
-def loss(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+def loss(model: Any, batch: tuple[Tensor, ...], label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over the chosen tokens of `batch`, a scalar in nats: ids, mask, token types (B, L), positions
     and labels (B, K)."""
     *inputs, labels_BK = batch
-    return F.cross_entropy(logits(model, *inputs).flatten(0, 1), labels_BK.flatten(), ignore_index=IGNORED)
+    answers = logits(model, *inputs).flatten(0, 1)
+    return F.cross_entropy(answers, labels_BK.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
 
 
 def evaluate(model: Any, loader: TextLoader, device: torch.device | str, rows: int = _ROWS) -> dict[str, float]:

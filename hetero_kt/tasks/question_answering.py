@@ -42,11 +42,12 @@ def logits(model: Any, ids_BL: Tensor, mask_BL: Tensor, types_BL: Tensor) -> tup
     return found.start_logits.float(), found.end_logits.float()
 
 
-def loss(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+def loss(model: Any, batch: tuple[Tensor, ...], label_smoothing: float = 0.0) -> Tensor:
     """Mean of the two cross-entropies over the rows of `batch`, a scalar in nats: ids, mask, token types (B, L), first
     and last token (B,). Padding takes part in neither, so that a batch's width does not matter."""
     ids_BL, mask_BL, types_BL, start_B, end_B = batch
-    return _entropies(*logits(model, ids_BL, mask_BL, types_BL), mask_BL, start_B, end_B).mean()
+    scores = logits(model, ids_BL, mask_BL, types_BL)
+    return _entropies(*scores, mask_BL, start_B, end_B, label_smoothing).mean()
 
 
 def evaluate(model: Any, loader: TextLoader, device: torch.device | str, rows: int = _ROWS) -> dict[str, float]:
@@ -68,12 +69,21 @@ def evaluate(model: Any, loader: TextLoader, device: torch.device | str, rows: i
     return found[0]
 
 
-def _entropies(start_BL: Tensor, end_BL: Tensor, mask_BL: Tensor, first_B: Tensor, last_B: Tensor) -> Tensor:
+def _entropies(
+    start_BL: Tensor, end_BL: Tensor, mask_BL: Tensor, first_B: Tensor, last_B: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Of each row, (B,)."""
+    return (_entropy(start_BL, mask_BL, first_B, smoothing) + _entropy(end_BL, mask_BL, last_B, smoothing)) / 2
+
+
+def _entropy(scores_BL: Tensor, mask_BL: Tensor, label_B: Tensor, smoothing: float) -> Tensor:
     padding_BL = mask_BL == 0
-    first = F.cross_entropy(start_BL.masked_fill(padding_BL, -torch.inf), first_B, reduction="none")
-    last = F.cross_entropy(end_BL.masked_fill(padding_BL, -torch.inf), last_B, reduction="none")
-    return (first + last) / 2
+    surprise_BL = -scores_BL.masked_fill(padding_BL, -torch.inf).log_softmax(1)
+    entropy_B = surprise_BL.gather(1, label_B.unsqueeze(1)).squeeze(1)
+    if not smoothing:
+        return entropy_B
+    mean_B = surprise_BL.masked_fill(padding_BL, 0.0).sum(1) / mask_BL.sum(1)
+    return (1 - smoothing) * entropy_B + smoothing * mean_B
 
 
 # --- from logits to answers ---
