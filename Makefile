@@ -29,6 +29,7 @@ check: lint test
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/exchange.py
+	$(BIN)/python benchmarks/fbt.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

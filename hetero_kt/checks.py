@@ -12,6 +12,10 @@ from hetero_kt.models import known
 
 SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
 
+TEXTS = ("squad", "imdb", "pretraining")
+BERTS = ("bert", "distilbert", "hf")
+"""Families of models that read them."""
+
 BELONGS_ELSEWHERE = {
     "train_batch_size": "--data.NAME.batch",
     "train_micro_batch_size_per_gpu": "--models.NAME.micro-batch",
@@ -103,7 +107,16 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
         raise ValueError(
             f"{option}.data {model.data} is no entry of the recipe's data: use {nearest(model.data, data)}."
         )
-    if model.name not in known():
+    texts, bert = data[model.data].name in TEXTS, model.name.partition(":")[0] in BERTS
+    if texts and not bert:
+        raise ValueError(
+            f"{option}.name {model.name} reads no texts: use bert:LAYERSxWIDTH, distilbert:LAYERSxWIDTH or hf:NAME."
+        )
+    if bert and not texts:
+        raise ValueError(f"{option}.name {model.name} sees no pictures: give it {', '.join(TEXTS)} as data.")
+    if bert and model.pretrained:
+        raise ValueError(f"{option}.pretrained is for timm's models: name hf:bert-base-uncased, for example.")
+    if not bert and model.name not in known():
         raise ValueError(f"{option}.name {model.name} is no model: use {nearest(model.name, known())}.")
     _at_least(f"{option}.micro-batch", model.micro_batch, 0)
     _at_least(f"{option}.steps", model.steps, 0)
@@ -137,6 +150,8 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
     if len(recipe.models) != 1:
         raise ValueError(f"--models has {len(recipe.models)} entries: distillation trains one student.")
     ((name, student),) = recipe.models.items()
+    if recipe.data[student.data].name in TEXTS:
+        raise ValueError(f"--models.{name}.data {student.data} holds texts: distillation is for pictures.")
     if method.objective == "none":
         return
     if not method.teachers:

@@ -1,4 +1,5 @@
-"""The `hetero-kt` command: what can take part, what a run costs, what runs have shown, where models lie."""
+"""The `hetero-kt` command: what can take part, what a run costs, what runs have shown, where models lie; shards of
+pictures, and pictures of features."""
 
 from __future__ import annotations
 

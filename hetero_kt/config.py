@@ -85,11 +85,27 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Text:
+    """How texts become tokens."""
+
+    tokenizer: str = "tokenizer"
+    """BERT's vocabulary: a vocab.txt, or a folder with one or with tokenizer.json; as it stands, or below the data
+    folder."""
+    length: int = 384
+    """Tokens of the longest row; SQuAD's paragraphs go into overlapping windows, reviews are cut off."""
+    stride: int = 128
+    """Tokens between the beginnings of two windows."""
+    question: int = 64
+    """Tokens of a question that are kept."""
+
+
+@dataclass(frozen=True)
 class Data:
     """One data set and the batches drawn from it."""
 
-    name: Literal["cifar100", "digits", "generated", "shards"] = "cifar100"
-    """`shards` are webdataset shards that `hetero-kt shards` has written."""
+    name: Literal["cifar100", "digits", "generated", "shards", "squad", "imdb", "pretraining"] = "cifar100"
+    """`shards` are webdataset shards that `hetero-kt shards` has written; `squad` (version 2), `imdb` and `pretraining`
+    (masked language modelling of both sets' training texts) are for BERT and DistilBERT."""
     batch: int = 128
     """Global batch: rows per optimizer step over all ranks."""
     folder: str = ""
@@ -110,6 +126,8 @@ class Data:
     validation: float = 0.0
     """Fraction of the training set held out and evaluated on instead of the test set (for choosing settings)."""
     image_size: int = 32
+    text: Text = field(default_factory=Text)
+    """Of sets of texts."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +135,11 @@ class Model:
     """One model of a run."""
 
     name: str
-    """What to build: `cifar:mobilenetv2`, `timm:resnet50`, ..."""
+    """What to build: `cifar:mobilenetv2`, `timm:resnet50`, `bert:4x256` (layers x width), `hf:bert-base-uncased`."""
     data: str
     """Which entry of `Recipe.data` it trains on; models that name the same entry see the same batches."""
     init: str = ""
-    """A safetensors file to start from; empty starts fresh."""
+    """A safetensors file to start from (of BERT also a folder with one, of any task); empty starts fresh."""
     pretrained: bool = False
     """Start from timm's published weights (needs the hub or its cache)."""
     optim: Optim = field(default_factory=Optim)

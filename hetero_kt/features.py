@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetero_kt import models
+from hetero_kt.models.teacher import weights_of
 from hetero_kt.nn.stages import Layout, split, to_map
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def features(
     pictures_BCHW = torch.stack([read_picture(path, image_size) for path in found])
     rows = []
     for name, init in zip(names, inits or [FRESH] * len(names), strict=True):
-        own = "" if init == FRESH else find_weights(init)
+        own = "" if init == FRESH else str(weights_of(init, "--init"))
         model = models.build(name, classes, pretrained=pretrained and not own, image_size=image_size, init=own)
         label = name.removeprefix("timm:")
         rows.append(look(f"{label}\n{'/'.join(Path(init).parts[-2:])}" if own else label, model, pictures_BCHW))
@@ -126,20 +127,6 @@ def read_picture(path: Path, size: int) -> Tensor:
         raise ValueError(f"images: {path} cannot be read as a picture: leave it out, or mend it") from error
     pixels_HWC = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3)
     return pixels_HWC.permute(2, 0, 1) / 255
-
-
-def find_weights(init: str) -> str:
-    """A weights file as it is; of a run's folder, the one model that it exported.
-
-    Raises ValueError for a folder that holds no exported model, or several.
-    """
-    if not Path(init).is_dir():
-        return init
-    exported = sorted(Path(init).glob("export/*.safetensors"))
-    if len(exported) == 1:
-        return str(exported[0])
-    held = ", ".join(str(file.relative_to(init)) for file in exported) or "no export/*.safetensors"
-    raise ValueError(f"init: {init} holds {held}: name one .safetensors file")
 
 
 def look(label: str, model: nn.Module, pictures_BCHW: Tensor) -> Row:

@@ -16,7 +16,7 @@ from torch import nn
 
 from hetero_kt import data, models
 from hetero_kt.checks import split_site, zero_block
-from hetero_kt.config import Distill, MergeNet, Model, Recipe
+from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.distributed.learner import Learner, build_learner
@@ -27,7 +27,7 @@ from hetero_kt.models.teacher import Frozen, build_teacher
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.stages import Stages, expose
-from hetero_kt.tasks import classification
+from hetero_kt.tasks import Task, task_of
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,7 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
     modules = {}
     for name, model in recipe.models.items():
         seed_by_name(recipe, name)
-        modules[name] = models.build(
-            model.name,
-            data.classes(recipe.data[model.data], recipe.data_dir),
-            pretrained=model.pretrained,
-            image_size=recipe.data[model.data].image_size,
-            init=model.init,
-        )
+        modules[name] = build_model(model, recipe.data[model.data], recipe.data_dir)
         _check_precision(f"--models.{name}.precision", model.precision, modules[name])
     if isinstance(recipe.method, MergeNet):
         for label, transfer in recipe.method.transfers.items():
@@ -72,6 +66,29 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
                 for side, (site, rank) in zip(("source", "target"), transfer.sites(), strict=True):
                     _factorise(modules, site, rank, f"{label}.{side}")
     return modules
+
+
+def build_model(model: Model, config: Data, data_dir: str) -> nn.Module:
+    """A recipe's model for its data, with its first weights."""
+    if config.name in data.TEXTS:
+        from hetero_kt.models import bert
+
+        tokens = data.tokenizer(config, data_dir)
+        module, start = bert.build(model.name, BERTS[config.name], vocabulary=tokens, init=model.init)
+        if model.init or model.name.startswith("hf:"):
+            print(f"{model.name}: {start}", flush=True)
+        return module
+    classes = data.classes(config, data_dir)
+    return models.build(model.name, classes, pretrained=model.pretrained, image_size=config.image_size, init=model.init)
+
+
+BERTS: dict[str, Any] = {"squad": "question_answering", "imdb": "classification", "pretraining": "masked_lm"}
+"""What a BERT is built for, by its data."""
+
+
+def task(recipe: Recipe, model: str) -> Task:
+    """What the model called `model` is trained for."""
+    return task_of(recipe.data[recipe.models[model].data].name)
 
 
 def seed_by_name(recipe: Recipe, name: str) -> None:
@@ -122,9 +139,9 @@ def _check_precision(option: str, precision: str, module: nn.Module, whose: str 
         raise ValueError(f"{option} bf16 does not suit the BatchNorm in {whose}: use autocast.")
 
 
-def _learner(recipe: Recipe, name: str, module: nn.Module, ranks: Ranks) -> Learner:
-    """`module`, trained as the recipe's model `name` is."""
-    model = recipe.models[name]
+def _learner(recipe: Recipe, name: str, module: nn.Module, ranks: Ranks, *, kept: bool = True) -> Learner:
+    """`module`, trained as the recipe's model `name` is; what is dropped afterwards needs no average."""
+    model = recipe.models[name] if kept else replace(recipe.models[name], ema=0.0)
     rows = recipe.data[model.data].batch // ranks.world
     return build_learner(module, model, zero_block(model.zero), rows=rows, steps=recipe.budget(name))
 
@@ -148,9 +165,9 @@ def _prepare_mergenet(recipe: Recipe, method: MergeNet, modules: Mapping[str, nn
     def start() -> Method:
         learners = {name: _learner(recipe, name, module, ranks) for name, module in modules.items()}
         engines = {name: learner.engine for name, learner in learners.items()}
+        losses = {name: task(recipe, name).loss for name in recipe.models}
         losses = {
-            name: partial(classification.loss, label_smoothing=model.label_smoothing)
-            for name, model in recipe.models.items()
+            name: partial(loss, label_smoothing=recipe.models[name].label_smoothing) for name, loss in losses.items()
         }
         exchange = _exchange(recipe, list(_transfers(recipe, method, engines).values()))
         return mergenet.MergeNet(learners, exchange, losses, {name: recipe.budget(name) for name in learners})
@@ -240,7 +257,7 @@ def _prepare_distill(
     def start() -> Method:
         learners = {name: _learner(recipe, name, module, ranks)}
         if aside is not None:
-            learners[objective.name] = _learner(recipe, name, aside, ranks)
+            learners[objective.name] = _learner(recipe, name, aside, ranks, kept=False)
         for teacher in teachers.values():
             teacher.start()
         return distill.Distillation(learners, objective, label_smoothing=model.label_smoothing)

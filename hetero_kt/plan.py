@@ -245,7 +245,7 @@ def _teachers_tables(recipe: Recipe, method: Distill, modules: dict[str, nn.Modu
         )
     yield table
     table = Table(title="what training adds to the student, and drops afterwards (appendix, Table 6)")
-    for heading in ("teacher", "fused model", "L2G", "MACs", "OFA's branches", "MACs "):
+    for heading in ("teacher", "fused model", "L2G", "MACs", "OFA's branches", "their MACs"):
         table.add_column(heading, justify="left" if heading in ("teacher", "fused model") else "right")
     for name in method.teachers:
         found = connection(recipe, name, student)

@@ -23,7 +23,6 @@ from hetero_kt.config import Recipe
 from hetero_kt.data import Loader, Unreadable
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks, StopSignal
-from hetero_kt.evaluate import evaluate
 from hetero_kt.folder import (
     check_same_data,
     check_same_everywhere,
@@ -119,7 +118,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
         recipe,
         method,
         lambda step: _batches(recipe, train, step),
-        lambda name, model: evaluate(model, test[recipe.models[name].data], ranks.device),
+        lambda name, model: parts.task(recipe, name).evaluate(model, test[recipe.models[name].data], ranks.device),
         folder,
         ranks,
         stop,
@@ -193,7 +192,8 @@ def _announce(
     at: Path | None,
 ) -> None:
     counts = {**parameters, **prepared.parameters}
-    counts |= {f"teacher {name}": parts.parameters(teacher.module) for name, teacher in prepared.teachers.items()}
+    for name, teacher in prepared.teachers.items():
+        counts[name if name == "teacher" else f"teacher {name}"] = parts.parameters(teacher.module)
     text = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in counts.items())
     resumed = f", from step {at.name}" if at else ""
     print(f"{recipe.name}: {recipe.method.arm}, seed {recipe.seed}{resumed} ({text} parameters)", flush=True)

@@ -15,10 +15,14 @@ from hetero_kt.data.digits import digits
 from hetero_kt.data.generated import CLASSES as GENERATED_CLASSES
 from hetero_kt.data.generated import generated
 from hetero_kt.data.images import ImageSet, class_counts, draw_per_class
+from hetero_kt.data.imdb import imdb
 from hetero_kt.data.loader import Loader
+from hetero_kt.data.masked import pretraining
 from hetero_kt.data.mixing import Mixer
 from hetero_kt.data.pictures import InMemory, PictureLoader, Unreadable
 from hetero_kt.data.shards import Index, Shards, local
+from hetero_kt.data.squad import Windows, squad
+from hetero_kt.data.text import Rows, TextLoader, Tokenizer, load_tokenizer
 
 __all__ = ["ImageSet", "Loader", "PictureLoader", "Unreadable", "classes", "load", "open_loader"]
 
@@ -49,7 +53,7 @@ def open_loader(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
-) -> Loader | PictureLoader:
+) -> Loader | PictureLoader | TextLoader:
     """What draws the batches of a data set, for training or for evaluation: `Loader` for the fast pipeline,
     `PictureLoader` for timm's. Which samples there are is the same in every run, as for `load`.
 
@@ -81,7 +85,7 @@ def classes(config: Data, data_dir: str = "") -> int:
     """Classes of a data set, known before it is read. Raises ValueError for shards without an index."""
     if config.name == "shards":
         return len(Index(_folder(config, data_dir) / "train").classes)
-    return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES}[config.name]
+    return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES, "imdb": 2}[config.name]
 
 
 def _mixer(config: Data, classes: int, train: bool, seed: int, rank: int, world: int) -> Mixer | None:
@@ -106,6 +110,30 @@ def _shards(config: Data, data_dir: str, train: bool) -> Shards:
         if index.classes != train_classes:
             raise ValueError(f"{index.folder} has other classes than the training set beside it: write both in one go.")
     return Shards(index, choose, config.corrupt)
+
+
+TEXTS = ("squad", "imdb", "pretraining")
+"""Names of sets of texts."""
+
+
+def tokenizer(config: Data, data_dir: str = "") -> Tokenizer:
+    """The tokenizer of a set of texts. Raises ValueError where there is none."""
+    below = Path(data_dir or os.environ.get("HETERO_KT_DATA") or "data") / config.text.tokenizer
+    return load_tokenizer(config.text.tokenizer if Path(config.text.tokenizer).exists() else below)
+
+
+def _texts(config: Data, data_dir: str, train: bool) -> Rows:
+    folder, tokens, text = (
+        data_dir or os.environ.get("HETERO_KT_DATA") or "data",
+        tokenizer(config, data_dir),
+        config.text,
+    )
+    if config.name == "squad":
+        windows = Windows(text.length, text.stride, text.question)
+        return squad(folder, tokens, windows, train=train, validation=config.validation)
+    if config.name == "imdb":
+        return imdb(folder, tokens, text.length, train=train, validation=config.validation, per_class=config.per_class)
+    return pretraining(folder, tokens, text.length, train=train)
 
 
 def _load(config: Data, data_dir: str, train: bool) -> ImageSet:

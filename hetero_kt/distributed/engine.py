@@ -71,10 +71,13 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> Scheduler:
     """The learning rate as a function of the step alone (`step_update(step)`), so that a resume needs no state."""
-    warmup: dict[str, Any] = {"warmup_t": schedule.warmup, "warmup_lr_init": 0.0} if schedule.warmup else {}
+    warmup: dict[str, Any] = {}
+    if schedule.warmup:
+        warmup = {"warmup_t": schedule.warmup, "warmup_lr_init": schedule.warmup_lr}
     if schedule.name == "cosine":
         return CosineLRScheduler(
             optimizer, t_initial=max(1, steps), lr_min=schedule.min_lr, t_in_epochs=False, **warmup
         )
-    milestones = [round(m * steps) for m in schedule.milestones] if schedule.name == "multistep" else []
+    # One later than the step that it is for: timm looks a step ahead.
+    milestones = [round(m * steps) + 1 for m in schedule.milestones] if schedule.name == "multistep" else []
     return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=schedule.gamma, t_in_epochs=False, **warmup)

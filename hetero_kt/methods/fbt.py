@@ -172,7 +172,7 @@ def connect(front: Stages, tail: Stages, settings: config.FBT) -> L2G:
     ends_in = tail.layouts[3]
     if not settings.last_stage and ends_in.prefix:
         raise ValueError(
-            f"--method.fbt.last-stage off does not suit {type(tail.model).__name__}, whose classifier reads a class "
+            f"--method.fbt.no-last-stage does not suit {type(tail.model).__name__}, whose classifier reads a class "
             "token: use a model that averages its patches, or keep the last stage."
         )
     width = 0 if settings.last_stage else ends_in.channels

@@ -133,7 +133,7 @@ def build_teacher(
             f"{option} has no weights: name a safetensors file, a run's folder or run:RECIPE as {option}.init, "
             f"or give {option}.pretrained."
         )
-    file = "" if config.init in ("", RANDOM) else str(weights_of(config.init, option, output_dir))
+    file = "" if config.init in ("", RANDOM) else str(weights_of(config.init, f"{option}.init", output_dir))
     try:
         module = build(config.name, classes, image_size=size, init=file, pretrained=config.pretrained)
     except ValueError as error:
@@ -164,7 +164,7 @@ def build_teacher(
     )
 
 
-def weights_of(init: str, option: str, output_dir: str) -> Path:
+def weights_of(init: str, option: str, output_dir: str = "runs") -> Path:
     """The safetensors file that `init` stands for: itself, or the one export of a run.
 
     Raises:
@@ -175,11 +175,11 @@ def weights_of(init: str, option: str, output_dir: str) -> Path:
         return path
     if not path.is_dir():
         raise ValueError(
-            f"{option}.init {init} names {path}, which does not exist: train that model first, or name another file."
+            f"{option} {init} names {path}, which does not exist: train that model first, or name another file."
         )
     found = sorted(path.rglob("export/*.safetensors"))
     if len(found) == 1:
         return found[0]
     if not found:
-        raise ValueError(f"{option}.init {init}: no run in {path} has finished: let it end first.")
-    raise ValueError(f"{option}.init {init}: {path} holds {len(found)} models: name one, {found[0]} for example.")
+        raise ValueError(f"{option} {init}: no run in {path} has finished: let it end first.")
+    raise ValueError(f"{option} {init}: {path} holds {len(found)} models: name one, {found[0]} for example.")
