@@ -182,7 +182,7 @@ def test_without_the_last_stage_the_connector_ends_in_what_the_classifier_reads(
 
 def test_without_the_last_stage_a_class_token_would_have_met_no_patch() -> None:
     with pytest.raises(
-        ValueError, match=r"^--method.fbt.last-stage off does not suit VisionTransformer, .*last stage.$"
+        ValueError, match=r"^--method.fbt.no-last-stage does not suit VisionTransformer, .*last stage.$"
     ):
         connect(staged("cifar:resnet_tiny"), staged("cifar:vit_tiny"), config.FBT(last_stage=False))
 
