@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hetero_kt.checks import largest_divisor, split_site
-from hetero_kt.config import Distill, MergeNet, Model, Recipe, Transfer
+from torch import nn
+
+from hetero_kt.checks import BERTS, TEXTS, largest_divisor, split_site
+from hetero_kt.config import Distill, MergeNet, Model, Recipe, Text, Transfer
+from hetero_kt.data import generated_texts
+from hetero_kt.data.cache import default_folder
 from hetero_kt.models import build
 from hetero_kt.models.teacher import RANDOM
 from hetero_kt.nn.reencode import list_weights
@@ -14,6 +18,8 @@ from hetero_kt.nn.reencode import list_weights
 DEBUG_STEPS = 4
 DEBUG_BATCH = 8
 DEBUG_RANK = 4
+
+TINY_TEXT = Text(length=48, stride=16, question=16)
 
 TINY = {
     "resnet": "cifar:resnet_tiny",
@@ -31,14 +37,16 @@ TINY = {
 def shrink(recipe: Recipe, world: int = 1) -> Recipe:
     """`--debug`: the same models' families, methods and code paths, in seconds on one core.
 
-    Tiny models on generated pictures, at most four steps of about eight rows (a multiple of `world`, so that
+    Tiny models on generated pictures and texts, at most four steps of about eight rows (a multiple of `world`, so that
     any number of ranks works), ranks of at most four. A weight that the tiny model lacks is replaced by its
     last one of the same kind, for example the last projection for `blocks.5.2.conv_pwl.weight`.
     """
     share = -(-DEBUG_BATCH // world)
     micro_batch = largest_divisor(share, share // 2) if share > 1 else 0
     data = {
-        name: replace(
+        name: replace(entry, batch=share * world, per_class=0, validation=0.0, text=TINY_TEXT)
+        if entry.name in TEXTS
+        else replace(
             entry,
             name="generated",
             batch=share * world,
@@ -50,12 +58,14 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
         )
         for name, entry in recipe.data.items()
     }
+    texts = any(entry.name in TEXTS for entry in recipe.data.values())
     models = {
         name: replace(
             model,
             name=_tiny(model.name),
             init="",
             pretrained=False,
+            steps=min(model.steps, DEBUG_STEPS - 1),
             micro_batch=micro_batch if model.micro_batch else 0,
         )
         for name, model in recipe.models.items()
@@ -65,6 +75,7 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
         name=f"{recipe.name}_debug",
         models=models,
         data=data,
+        data_dir=str(generated_texts.write(default_folder() / "generated")) if texts else recipe.data_dir,
         method=_tiny_method(recipe, models),
         steps=min(recipe.steps, DEBUG_STEPS),
         log_every=1,
@@ -74,7 +85,9 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
 
 
 def _tiny(name: str) -> str:
-    _, _, bare = name.partition(":")
+    family, _, bare = name.partition(":")
+    if family in BERTS:
+        return "distilbert:2x32" if "distilbert" in name else "bert:2x32"
     return next((tiny for family, tiny in TINY.items() if bare.startswith(family)), name)
 
 
@@ -96,7 +109,8 @@ def _tiny_transfers(recipe: Recipe, method: MergeNet, models: Mapping[str, Model
                 model, weight = split_site(site, f"--method.transfers: {option}")
                 if model in models and models[model].name != recipe.models[model].name:
                     taken = {other for known, other in sites.items() if known.startswith(f"{model}:")}
-                    sites[site] = f"{model}:{_tiny_weight(models[model].name, weight, taken, model)}"
+                    tiny = replace(models[model], data=recipe.data[models[model].data].name)
+                    sites[site] = f"{model}:{_tiny_weight(tiny, weight, taken, model)}"
                 else:
                     sites[site] = site
     return {
@@ -112,11 +126,20 @@ def _tiny_transfers(recipe: Recipe, method: MergeNet, models: Mapping[str, Model
     }
 
 
-def _tiny_weight(model_name: str, weight: str, taken: set[str], model: str) -> str:
-    names = [info.name for info in list_weights(build(model_name, 10))]
+def _tiny_weight(tiny: Model, weight: str, taken: set[str], model: str) -> str:
+    """The tiny model's weight that stands for `weight`; `tiny.data` is the name of a data set."""
+    names = [info.name for info in list_weights(_built(tiny))]
     if weight in names:
         return weight
     kind = weight.split(".")[-2:]
     alike = [name for name in names if name.split(".")[-2:] == kind and f"{model}:{name}" not in taken]
     # Without one of its kind the name stays, and the search for the weight complains with the nearest names.
     return alike[-1] if alike else weight
+
+
+def _built(tiny: Model) -> nn.Module:
+    if tiny.data not in TEXTS:
+        return build(tiny.name, 10)
+    from hetero_kt.models import bert
+
+    return bert.build(tiny.name, bert.TASKS[tiny.data], vocabulary=64)[0]

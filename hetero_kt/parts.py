@@ -10,9 +10,10 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from hetero_kt import data, models
 from hetero_kt.checks import split_site, zero_block
@@ -20,14 +21,14 @@ from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.distributed.learner import Learner, build_learner
-from hetero_kt.evaluate import evaluate
 from hetero_kt.methods import Method, distill, mergenet
 from hetero_kt.methods.fbt import FBT
-from hetero_kt.models.teacher import Frozen, build_teacher
+from hetero_kt.models.teacher import Frozen, build_teacher, weights_of
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.stages import Stages, expose
-from hetero_kt.tasks import Task, task_of
+from hetero_kt.tasks import Task, classification, task_of
+from hetero_kt.trainer import write_safetensors
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
     modules = {}
     for name, model in recipe.models.items():
         seed_by_name(recipe, name)
-        modules[name] = build_model(model, recipe.data[model.data], recipe.data_dir)
+        modules[name] = build_model(model, recipe.data[model.data], recipe.data_dir, recipe.output_dir)
         _check_precision(f"--models.{name}.precision", model.precision, modules[name])
     if isinstance(recipe.method, MergeNet):
         for label, transfer in recipe.method.transfers.items():
@@ -68,13 +69,14 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
     return modules
 
 
-def build_model(model: Model, config: Data, data_dir: str) -> nn.Module:
+def build_model(model: Model, config: Data, data_dir: str, output_dir: str = "runs") -> nn.Module:
     """A recipe's model for its data, with its first weights."""
     if config.name in data.TEXTS:
         from hetero_kt.models import bert
 
         tokens = data.tokenizer(config, data_dir)
-        module, start = bert.build(model.name, BERTS[config.name], vocabulary=tokens, init=model.init)
+        init = str(weights_of(model.init, "init", output_dir)) if model.init else ""
+        module, start = bert.build(model.name, bert.TASKS[config.name], vocabulary=tokens, init=init)
         if model.init or model.name.startswith("hf:"):
             print(f"{model.name}: {start}", flush=True)
         return module
@@ -82,8 +84,16 @@ def build_model(model: Model, config: Data, data_dir: str) -> nn.Module:
     return models.build(model.name, classes, pretrained=model.pretrained, image_size=config.image_size, init=model.init)
 
 
-BERTS: dict[str, Any] = {"squad": "question_answering", "imdb": "classification", "pretraining": "masked_lm"}
-"""What a BERT is built for, by its data."""
+def write_model(recipe: Recipe, name: str, module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """The trained model called `name`, as the library that it comes from reads it: `<path>.safetensors` for timm's
+    `load_state_dict`, a folder `<path>/` for transformers' `from_pretrained`."""
+    config = recipe.data[recipe.models[name].data]
+    if config.name not in data.TEXTS:
+        write_safetensors(name, module, state, path)
+        return
+    from hetero_kt.models import bert
+
+    bert.save(module, state, path, data.tokenizer(config, recipe.data_dir))
 
 
 def task(recipe: Recipe, model: str) -> Task:
@@ -125,7 +135,8 @@ def evaluate_teachers(
     """Each teacher's own metrics on the student's evaluation data. Collective."""
     (model, *_) = recipe.models.values()
     loader = test[model.data]
-    return {name: evaluate(teacher.logits, loader, ranks.device) for name, teacher in prepared.teachers.items()}
+    teachers = prepared.teachers.items()
+    return {name: classification.evaluate(teacher.logits, loader, ranks.device) for name, teacher in teachers}
 
 
 def parameters(module: nn.Module | None) -> int:
@@ -215,7 +226,8 @@ def _transfers(recipe: Recipe, method: MergeNet, owners: Mapping[str, Any]) -> d
 
 def _with_gate(adapter: AdapterConfig, target: Model) -> AdapterConfig:
     """A pretrained target starts from a closed gate, so that the first proposals do not destroy it."""
-    return replace(adapter, gate=0.0) if adapter.gate == "auto" and (target.pretrained or target.init) else adapter
+    trained = target.pretrained or target.init or target.name.startswith("hf:")
+    return replace(adapter, gate=0.0) if adapter.gate == "auto" and trained else adapter
 
 
 # --- distillation ---

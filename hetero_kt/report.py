@@ -26,7 +26,17 @@ if typing.TYPE_CHECKING:
 
 BASELINE: Control = "none"
 ORDER: tuple[str, ...] = (BASELINE, *(c for c in typing.get_args(Control) if c != BASELINE))
-METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
+METRICS = {
+    "top1": "top-1 (%)",
+    "top5": "top-5 (%)",
+    "exact": "EM (%)",
+    "f1": "F1 (%)",
+    "HasAns_f1": "F1 answerable",
+    "no_answer": "never answers",
+    "error": "error (%)",
+    "accuracy": "accuracy (%)",
+    "loss": "loss",
+}
 """How metrics are written in headings, and their order; another name stands as it is, in front of these."""
 
 
@@ -200,11 +210,15 @@ def finish(folder: str | Path, console: Console | None = None) -> None:
 FOOTNOTE = "Mean ± population standard deviation over seeds; Δ: difference to none, same seeds paired."
 
 
+DETAILS = ("HasAns_exact", "NoAns_exact", "NoAns_f1", "best_exact", "best_exact_thresh", "best_f1", "best_f1_thresh")
+"""Metrics that a terminal has no room for; Markdown and result.json have them."""
+
+
 def rich_tables(rows: Sequence[Row]) -> list[Table]:
     """One table per recipe and model."""
     tables = []
     for recipe, model, group in _sections(rows):
-        metrics = _metrics(group)
+        metrics = [name for name in _metrics(group) if name not in DETAILS]
         shown = Table(title=f"{recipe}: {model}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         shown.add_column("control")
         shown.add_column("seeds", justify="right")

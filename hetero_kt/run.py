@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
         stop,
         last=last,
     )
+    trainer.write_model = partial(parts.write_model, recipe)
     trainer.measured = lambda: {k: v for loader in train.values() for k, v in loader.throughput().items()}
     try:
         if start_from is not None:

@@ -55,6 +55,7 @@ class Trainer:
         self.folder, self.ranks, self.stop, self.last = folder, ranks, stop, last
         self.after_step: Callable[[], None] = lambda: None
         self.measured: Callable[[], Mapping[str, float]] = dict
+        self.write_model = write_safetensors
         self.checkpoints = folder / "checkpoints"
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
@@ -148,15 +149,20 @@ class Trainer:
     def export(self) -> None:
         """Every model alone, as plain safetensors: teachers, adapters and connectors gone, factors multiplied out.
         Collective."""
-        for name, view, _ in self._views():
-            state = params.state_dict(self.engines[name])
+        for name, view, engine in self._views():
+            state = params.state_dict(engine)
             if self.ranks.first:
-                target = self.folder / "export" / f"{view}.safetensors"
-                target.parent.mkdir(exist_ok=True)
+                (self.folder / "export").mkdir(exist_ok=True)
                 plain = {key: value.contiguous() for key, value in plain_state_dict(state).items()}
-                save_file(plain, target.with_suffix(".part"))
-                os.replace(target.with_suffix(".part"), target)
+                self.write_model(name, engine.module, plain, self.folder / "export" / view)
         dist.barrier()
+
+
+def write_safetensors(name: str, module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """`<path>.safetensors`, in one go."""
+    target = path.with_suffix(".safetensors")
+    save_file(state, target.with_suffix(".part"))
+    os.replace(target.with_suffix(".part"), target)
 
 
 class _Log:

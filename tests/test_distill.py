@@ -35,13 +35,13 @@ from hetero_kt.data import Loader
 from hetero_kt.distributed import launch, params
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.distributed.learner import build_learner
-from hetero_kt.evaluate import evaluate
 from hetero_kt.folder import run_folder
 from hetero_kt.methods import distill
 from hetero_kt.methods.fbt import FBT
 from hetero_kt.models.teacher import Frozen
 from hetero_kt.nn.stages import Stages, expose
 from hetero_kt.options import Options
+from hetero_kt.tasks.classification import evaluate
 
 STRONG = Transform(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
 EMA = 0.9

@@ -8,8 +8,9 @@ from torch import nn
 from hetero_kt import data, models
 from hetero_kt.config import Data
 from hetero_kt.data import ImageSet, Loader
-from hetero_kt.evaluate import averaged_buffers, evaluate
+from hetero_kt.evaluate import averaged_buffers
 from hetero_kt.tasks import classification
+from hetero_kt.tasks.classification import evaluate
 
 
 class Fixed(nn.Module):

@@ -25,11 +25,11 @@ from hetero_kt import run as running
 from hetero_kt.data import Loader
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks
-from hetero_kt.evaluate import evaluate
 from hetero_kt.folder import run_folder
 from hetero_kt.options import Options
 from hetero_kt.parts import Prepared
 from hetero_kt.report import read_metrics
+from hetero_kt.tasks.classification import evaluate
 
 STEPS = 4
 

@@ -61,6 +61,8 @@ def open_loader(
         ValueError: data that is missing or damaged, or settings that do not fit it or each other.
     """
     place = (rank, world, device)
+    if config.name in TEXTS:
+        return TextLoader(_texts(config, data_dir, train), config.batch, seed, *place)
     if config.pipeline == "fast":
         if config.name == "shards":
             raise ValueError("data shards: the fast pipeline augments in memory: use --data.NAME.pipeline timm")

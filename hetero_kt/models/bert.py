@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,9 +40,12 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from hetero_kt.data.text import Tokenizer
+from hetero_kt.data.text import Tokenizer, first_line
 
 Task = Literal["question_answering", "classification", "masked_lm"]
+
+TASKS: dict[str, Task] = {"squad": "question_answering", "imdb": "classification", "pretraining": "masked_lm"}
+"""What a model is built for, by the data that it trains on."""
 
 _MODELS: dict[tuple[str, str], Any] = {
     ("bert", "question_answering"): BertForQuestionAnswering,
@@ -217,7 +221,7 @@ def _folder(name: str, rest: str) -> Path:
     except Exception as error:  # whatever the hub's client or the network raise
         # Never random weights instead: the run would look right and be wrong.
         raise ValueError(
-            f"{name} is no folder here and could not be fetched from the hub ({_first_line(error)}): put it into the"
+            f"{name} is no folder here and could not be fetched from the hub ({first_line(error)}): put it into the"
             f" hub's cache, name a local folder, or ask for a fresh model, bert:12x768 for example"
         ) from error
 
@@ -231,7 +235,7 @@ def _config(name: str, folder: Path) -> tuple[str, Any]:
     except Exception as error:
         raise ValueError(
             f"{name}: {folder / 'config.json'} is not that of a BERT or DistilBERT ({type(error).__name__}:"
-            f" {_first_line(error)}): name a folder that save_pretrained has written"
+            f" {first_line(error)}): name a folder that save_pretrained has written"
         ) from error
 
 
@@ -254,15 +258,21 @@ def _places(zero: Mapping[str, Any] | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, parameters that ZeRO keeps in pieces are whole and may be written; all ranks write the same."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
-        yield
+def _whole(parameters: Sequence[Any]) -> Iterator[None]:
+    """Inside, parameters that ZeRO keeps in pieces are whole and to be written: to the same values on all ranks, each
+    of which then keeps its piece. Nothing is sent."""
+    pieces = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    placeholders = [parameter.data for parameter in pieces]
+    for parameter in pieces:
+        kept = parameter.ds_tensor
+        parameter.data = torch.full(tuple(parameter.ds_shape), torch.nan, dtype=kept.dtype, device=kept.device)
+    yield
+    for parameter, placeholder in zip(pieces, placeholders, strict=True):
+        size = parameter.ds_tensor.numel()
+        first = dist.get_rank(parameter.ds_process_group) * size
+        mine = parameter.data.flatten()[first : first + size]  # the last piece may reach beyond the end
+        parameter.ds_tensor.data[: mine.numel()].copy_(mine)
+        parameter.data = placeholder
 
 
 @torch.no_grad()
@@ -284,55 +294,63 @@ def _take(model: PreTrainedModel, name: str, path: str) -> Start:
     """Copy a file's tensors into the model: its body, and its head where all of it is there."""
     shapes = _shapes(model)
     prefix = f"{model.base_model_prefix}."
-    with _opened(name, path) as found:
-        body = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
-        pooler = [key for key in body if _POOLER in key]
-        if not any(key in found for key in pooler):  # a body from another task may have none
-            body = {key: shape for key, shape in body.items() if key not in pooler}
-        given = {key: shape for key, (shape, *_) in found.items()}
-        wrong = _misfits(body, given)
-        wrong += [f"{k} is unknown" for k in given if k.startswith(prefix) and k not in shapes and _POOLER not in k]
-        if wrong:
-            raise ValueError(f"{name}: init names {path}, which is another model's ({_more(wrong)}): give its own file")
-        head = {key: shape for key, shape in shapes.items() if not key.startswith(prefix)}
-        taken = [*body, *(head if not _misfits(head, given) else ())]
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for key in taken:
-                with _whole([parameters[key]]):
-                    parameters[key].copy_(found[key][1].get_tensor(found[key][2]))
+    found = _stored(name, path)
+    body = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
+    pooler = [key for key in body if _POOLER in key]
+    if not any(key in found for key in pooler):  # a body from another task may have none
+        body = {key: shape for key, shape in body.items() if key not in pooler}
+    given = {key: tensor.shape for key, tensor in found.items()}
+    wrong = _misfits(body, given)
+    wrong += [f"{k} is unknown" for k in given if k.startswith(prefix) and k not in shapes and _POOLER not in k]
+    if wrong:
+        raise ValueError(f"{name}: init names {path}, which is another model's ({_more(wrong)}): give its own file")
+    head = {key: shape for key, shape in shapes.items() if not key.startswith(prefix)}
+    taken = [*body, *(head if not _misfits(head, given) else ())]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for key in taken:
+            with _whole([parameters[key]]):
+                parameters[key].copy_(found[key].read())
     left = tuple(key for key in given if key not in taken and key not in model.all_tied_weights_keys)
     return Start(path, tuple(taken), tuple(key for key in shapes if key not in taken), left)
 
 
-class _Found(dict[str, Any]):
-    """Name -> (shape, open file, name in the file)."""
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a safetensors file."""
+
+    file: Path
+    key: str
+    shape: torch.Size
+
+    def read(self) -> Tensor:
+        # The file is mapped anew for each tensor, so that what has been read does not stay in memory.
+        with safe_open(self.file, "pt") as opened:
+            return opened.get_tensor(self.key)
 
 
-@contextlib.contextmanager
-def _opened(name: str, path: str) -> Iterator[_Found]:
-    """The tensors of a safetensors file, or of all in a folder; none is read yet."""
+def _stored(name: str, path: str) -> dict[str, _Stored]:
+    """The tensors of a safetensors file, or of all in a folder, by the names that the model gives them."""
     place = Path(path)
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
     if not files or not files[0].is_file():
         raise ValueError(f"{name}: init names {path}, which holds no weights: give a .safetensors file or its folder")
-    found = _Found()
-    with contextlib.ExitStack() as stack:
-        for file in files:
-            try:
-                opened: Any = stack.enter_context(safe_open(file, "pt"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{name}: init names {file}, which cannot be read as safetensors ({_first_line(error)}):"
-                    f" export it again"
-                ) from error
-            for key in opened.keys():  # noqa: SIM118 (no mapping)
-                plain = key
-                for old, new in _OLD_NAMES:
-                    plain = plain.replace(old, new)
-                if not plain.endswith("position_ids"):  # a constant that old files keep
-                    found[plain] = torch.Size(opened.get_slice(key).get_shape()), opened, key
-        yield found
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                shapes = {key: torch.Size(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{name}: init names {file}, which cannot be read as safetensors ({first_line(error)}): export it again"
+            ) from error
+        for key, shape in shapes.items():
+            plain = key
+            for old, new in _OLD_NAMES:
+                plain = plain.replace(old, new)
+            if not plain.endswith("position_ids"):  # a constant that old files keep
+                found[plain] = _Stored(file, key, shape)
+    return found
 
 
 def _misfits(shapes: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> list[str]:
@@ -349,10 +367,6 @@ def _more(wrong: Sequence[str]) -> str:
 
 def _short(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 # --- masked language modelling ---

@@ -177,7 +177,7 @@ def weights_of(init: str, option: str, output_dir: str = "runs") -> Path:
         raise ValueError(
             f"{option} {init} names {path}, which does not exist: train that model first, or name another file."
         )
-    found = sorted(path.rglob("export/*.safetensors"))
+    found = sorted([*path.rglob("export/*.safetensors"), *path.rglob("export/*/model.safetensors")])
     if len(found) == 1:
         return found[0]
     if not found:

@@ -6,11 +6,15 @@ Shape suffixes: B rows, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hetero_kt.evaluate import evaluating, sum_over_ranks
+
+_ROWS = 256  # per rank and forward
 COUNTS = 4
 """Length of `count`'s result."""
 
@@ -31,6 +35,22 @@ def loss(
     (B, K)."""
     inputs, labels = batch
     return F.cross_entropy(logits(model, inputs), labels, label_smoothing=label_smoothing)
+
+
+def evaluate(
+    model: nn.Module | Callable[[Tensor], Tensor], loader: Any, device: torch.device | str, rows: int = _ROWS
+) -> dict[str, float]:
+    """`loss` (nats), `top1` and `top5` (percent) of a model, an engine or any function from pictures to logits over the
+    loader's set, each sample counted once. Collective.
+
+    Every rank runs the same number of forwards, of at most `rows` rows, and gets the same result. BatchNorm uses the
+    rank's own statistics: see `hetero_kt.evaluate.averaged_buffers`.
+    """
+    counts = torch.zeros(COUNTS, dtype=torch.float64, device=device)
+    with evaluating(model):
+        for inputs, labels, weight in loader.eval_batches(rows):
+            counts += count(logits(model, inputs), labels, weight)
+    return metrics(sum_over_ranks(counts))
 
 
 def count(logits_BK: Tensor, labels_B: Tensor, weight_B: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hetero_kt.data.masked import IGNORED
 from hetero_kt.data.text import TextLoader
+from hetero_kt.evaluate import evaluating, sum_over_ranks
 from hetero_kt.models import bert
-from hetero_kt.tasks.evaluating import evaluating, sum_over_ranks
 
 _ROWS = 32  # per rank and forward
 

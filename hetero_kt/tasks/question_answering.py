@@ -23,8 +23,8 @@ from torch import Tensor
 
 from hetero_kt.data.squad import SquadRows
 from hetero_kt.data.text import TextLoader
+from hetero_kt.evaluate import evaluating, gather_rows, sum_over_ranks, world
 from hetero_kt.models import bert
-from hetero_kt.tasks.evaluating import evaluating, gather_rows, sum_over_ranks, world
 
 N_BEST = 20
 """Candidates for an answer's first token, and for its last, in each window."""

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_kt.data.text import TextLoader
+from hetero_kt.evaluate import evaluating, sum_over_ranks
 from hetero_kt.models import bert
 from hetero_kt.tasks import classification
-from hetero_kt.tasks.evaluating import evaluating, sum_over_ranks
 
 _ROWS = 64  # per rank and forward
 

@@ -1,0 +1,122 @@
+"""BERT answers questions (SQuAD v2) while DistilBERT judges films (IMDb): value matrices of their last layers exchange
+knowledge (MergeNet, Tables 3 and 6).
+
+Table 3:  deepspeed launchers/bert_cross_task.py --compare none noise shuffled --seeds 0 1 2
+          one direction: --variant to_distilbert or to_bert; another weight: --method.transfers.to-bert.target ...
+Table 6:  --variant layers_6_3 (BERT's layer 6 -> DistilBERT's layer 3), layers_12_3, layers_6_6, layers_12_6, both on
+          SQuAD; the row without transfer, which the paper lacks, is --control none
+Variants: default, to_distilbert, to_bert, layers_X_Y; small (BERT 4x256 and DistilBERT 2x256 after
+          --first pretrain_bert pretrain_distilbert: masked language modelling of both sets' training texts).
+Data:     squad_v2/, imdb/ (or aclImdb/) and tokenizer/vocab.txt in the data folder.
+Hardware: one GPU with 24 GB; about 3 hours a run (an estimate).
+Expected: SQuAD v2 EM/F1 70.17/73.06 -> 71.89/75.43, IMDb's error 8.02 -> 7.5 (both directions).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer
+from hetero_kt.nn.adapter import AdapterConfig
+from hetero_kt.run import main
+
+ADAPTER = AdapterConfig(heads=12)
+ANSWERING = Optim("adamw", lr=5e-5, weight_decay=1e-5, clip=1.0)
+JUDGING = replace(ANSWERING, weight_decay=1e-2)
+QUESTIONS = Data("squad", batch=32)
+REVIEWS = Data("imdb", batch=6, text=Text(length=512))
+SCHEDULE = Schedule("cosine", warmup=800)
+
+
+def bert_value(layer: int) -> str:
+    return f"bert:bert.encoder.layer.{layer - 1}.attention.self.value.weight"
+
+
+def distilbert_value(layer: int) -> str:
+    return f"distilbert:distilbert.transformer.layer.{layer - 1}.attention.v_lin.weight"
+
+
+def transfer(source: str, target: str, cycle: int) -> Transfer:
+    # Of a trained weight only a part moves: A of its decomposition, the rest stays.
+    return Transfer(source, target, cycle=cycle, mode="svd", adapter=ADAPTER)
+
+
+def default() -> Recipe:
+    models = {
+        "bert": Model("hf:bert-base-uncased", "questions", optim=ANSWERING, schedule=SCHEDULE, steps=8240),
+        "distilbert": Model("hf:distilbert-base-uncased", "reviews", optim=JUDGING, schedule=SCHEDULE),
+    }
+    transfers = {
+        "to_distilbert": transfer(bert_value(12), distilbert_value(6), cycle=1),
+        "to_bert": transfer(distilbert_value(6), bert_value(12), cycle=2),
+    }
+    data = {"questions": QUESTIONS, "reviews": REVIEWS}
+    return Recipe("bert_cross_task", models, data, MergeNet(transfers), 8332, eval_every=2000, save_every=1000)
+
+
+def one_way(name: str) -> Recipe:
+    base = default()
+    assert isinstance(base.method, MergeNet)
+    method = MergeNet({name: base.method.transfers[name]})
+    return replace(base, name=f"bert_cross_task_{name}", method=method)
+
+
+def layers(source: int, target: int) -> Recipe:
+    base = default()
+    distilbert = replace(base.models["distilbert"], data="questions", optim=ANSWERING, steps=0)
+    models = {"bert": replace(base.models["bert"], steps=0), "distilbert": distilbert}
+    method = MergeNet({"to_distilbert": transfer(bert_value(source), distilbert_value(target), cycle=1)})
+    name = f"bert_layers_{source}_{target}"
+    return replace(base, name=name, models=models, data={"questions": QUESTIONS}, method=method, steps=8240)
+
+
+def small() -> Recipe:
+    base = default()
+    models = {
+        "bert": small_model("bert", "bert:4x256", "questions", 0),
+        "distilbert": small_model("distilbert", "distilbert:2x256", "reviews", 0),
+    }
+    transfers = {
+        "to_distilbert": transfer(bert_value(4), distilbert_value(2), cycle=1),
+        "to_bert": transfer(distilbert_value(2), bert_value(4), cycle=2),
+    }
+    data = {
+        "questions": replace(QUESTIONS, batch=16, text=Text(length=192, stride=64, question=32)),
+        "reviews": replace(REVIEWS, batch=16, text=Text(length=192)),
+    }
+    return replace(
+        base,
+        name="bert_cross_task_small",
+        models=models,
+        data=data,
+        method=MergeNet(transfers),
+        steps=1500,
+        eval_every=500,
+        save_every=500,
+    )
+
+
+def small_model(kind: str, name: str, data: str, steps: int) -> Model:
+    optim = Optim("adamw", lr=2e-4, weight_decay=1e-2, clip=1.0)
+    init = f"run:{kind}_pretraining" if data != "texts" else ""
+    return Model(name, data, init=init, optim=optim, schedule=Schedule("cosine", warmup=100), steps=steps)
+
+
+def pretraining(kind: str, name: str) -> Recipe:
+    models = {kind: small_model(kind, name, "texts", 0)}
+    data = {"texts": Data("pretraining", batch=32, text=Text(length=128))}
+    return Recipe(f"{kind}_pretraining", models, data, MergeNet({}, "none"), 8000, eval_every=2000, save_every=1000)
+
+
+VARIANTS: dict[str, Callable[[], Recipe]] = {
+    "default": default,
+    "to_distilbert": partial(one_way, "to_distilbert"),
+    "to_bert": partial(one_way, "to_bert"),
+    **{f"layers_{x}_{y}": partial(layers, x, y) for x, y in ((6, 3), (12, 3), (6, 6), (12, 6))},
+    "small": small,
+    "pretrain_bert": partial(pretraining, "bert", "bert:4x256"),
+    "pretrain_distilbert": partial(pretraining, "distilbert", "distilbert:2x256"),
+}
+
+if __name__ == "__main__":
+    main(VARIANTS)
