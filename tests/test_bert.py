@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 
@@ -423,3 +424,35 @@ def test_tied_embeddings_train_over_ranks_as_in_one_process(ranks, tmp_path, kin
     save(model, state, Path(tmp_path) / "saved")
     again = type(model).from_pretrained(tmp_path / "saved")
     assert torch.allclose(answers(again), answers(model), atol=1e-4)
+
+
+def peak_megabytes(in_pieces: bool, init: str) -> float:
+    """By how much this process grows at most while a model of 76 MB is built."""
+    import gc
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    made("bert:1x32", zero=zero(3) if in_pieces else None)  # what is imported does not count
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # nor does what earlier tests have left free
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    model, _ = made("bert:24x256", init=init, zero=zero(3) if in_pieces else None)
+    grown = (status("VmHWM") - before) / 1024
+    del model
+    gc.collect()
+    return grown
+
+
+def test_a_model_built_in_pieces_is_never_whole_on_a_rank(ranks, tmp_path):
+    whole, _ = made("bert:24x256")
+    save(whole, whole.state_dict(), tmp_path / "saved")
+    size = sum(parameter.numel() * 4 for parameter in whole.parameters()) / 2**20
+    assert size > 72
+    for init in ("", str(tmp_path / "saved")):
+        for grown in ranks(2).run(peak_megabytes, False, init):
+            assert grown > 0.8 * size
+        for grown in ranks(2).run(peak_megabytes, True, init):
+            assert grown < 0.75 * size  # its half of all tensors, and one of them whole

@@ -16,7 +16,7 @@ import torch
 
 from hetero_kt.data import cache, counter
 from hetero_kt.data.images import class_counts, draw_per_class
-from hetero_kt.data.text import Tokenizer, blank, joined
+from hetero_kt.data.text import Tokenizer, blank, first_line, joined
 
 CLASSES = 2
 _FORMAT = 1  # of the cache
@@ -30,8 +30,13 @@ def read(data_dir: str | Path, part: str) -> tuple[list[str], np.ndarray]:
         ValueError: the folder does not hold them, or a file is damaged or has other columns or labels.
     """
     folder = Path(data_dir)
-    for place in (folder / "imdb", folder):
-        if files := sorted(place.glob(f"{part}*.parquet")):
+    for place, pattern in (
+        (folder / "imdb", f"{part}*.parquet"),
+        (folder / "imdb", f"plain_text/{part}*.parquet"),  # as the hub lays it out
+        (folder, f"{part}*.parquet"),
+        (folder, f"plain_text/{part}*.parquet"),
+    ):
+        if files := sorted(place.glob(pattern)):
             pairs = [_from_parquet(file) for file in files]
             return [t for texts, _ in pairs for t in texts], np.concatenate([labels for _, labels in pairs])
     for place in (folder / "imdb" / "aclImdb", folder / "aclImdb", folder):
@@ -48,7 +53,7 @@ def _from_parquet(file: Path) -> tuple[list[str], np.ndarray]:
         table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{file} cannot be read ({_first_line(error)}): fetch it again, or name another folder with --data-dir"
+            f"{file} cannot be read ({first_line(error)}): fetch it again, or name another folder with --data-dir"
         ) from error
     for column in ("text", "label"):
         if column not in table.column_names:
@@ -70,7 +75,7 @@ def _from_folder(folder: Path) -> tuple[list[str], np.ndarray]:
             try:
                 texts.append(_plain(file.read_text(encoding="utf-8")))
             except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"{file} cannot be read ({_first_line(error)}): fetch it again") from error
+                raise ValueError(f"{file} cannot be read ({first_line(error)}): fetch it again") from error
             labels.append(label)
     return texts, np.array(labels, np.int64)
 
@@ -177,7 +182,3 @@ def imdb(
         drawn = draw_per_class(torch.from_numpy(rows.labels), torch.full((CLASSES,), per_class), _SUBSET)
         rows.choose(np.flatnonzero(drawn.numpy()))
     return rows
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hetero_kt.data import cache, counter
-from hetero_kt.data.text import Encoded, Tokenizer, blank, joined
+from hetero_kt.data.text import Encoded, Tokenizer, blank, first_line, joined
 
 _FORMAT = 1  # of the cache
 _HELD_OUT = counter.key(0, 0)
@@ -102,7 +102,7 @@ def read(files: tuple[Path, ...]) -> Questions:
         except _Damaged:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else _first_line(error)
+            reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
             raise ValueError(
                 f"{file} is not laid out as SQuAD v2 ({reason}, behind {len(questions)} good questions): name a file"
                 f" with data, paragraphs, context, qas, id, question and answers, or Parquet with such columns"
@@ -118,8 +118,9 @@ def find(data_dir: str | Path, part: str) -> tuple[Path, ...]:
     """
     folder = Path(data_dir)
     for place in (folder / "squad_v2", folder):
-        if files := sorted(place.glob(f"{part}*.parquet")):
-            return tuple(files)
+        for pattern in (f"{part}*.parquet", f"squad_v2/{part}*.parquet"):  # the second as the hub lays it out
+            if files := sorted(place.glob(pattern)):
+                return tuple(files)
         for name in _OFFICIAL[part]:
             for file in (place / name, place / f"{name}.xz"):
                 if file.is_file():
@@ -176,7 +177,7 @@ def _from_json(file: Path) -> Iterator[dict[str, Any]]:
 
 def _damaged(file: Path, error: Exception) -> ValueError:
     return _Damaged(
-        f"{file} cannot be read ({_first_line(error)}): fetch it again, or name another folder with --data-dir"
+        f"{file} cannot be read ({first_line(error)}): fetch it again, or name another folder with --data-dir"
     )
 
 
@@ -289,7 +290,7 @@ class SquadRows:
 
     def __init__(
         self,
-        files: tuple[Path, ...],
+        source: tuple[Path, ...] | Questions,
         tokenizer: Tokenizer,
         settings: Windows,
         *,
@@ -300,23 +301,27 @@ class SquadRows:
         folder: str | Path = "",
     ) -> None:
         """Args:
+        source: the questions, or the files that hold them.
         train: leave out what cannot be trained on.
         held_out: with `validation`, the articles that are held out (True) or the others (False); None takes all.
         folder: of the cache.
         """
-        self.files, self.tokenizer, self.settings, self.name, self.train = files, tokenizer, settings, name, train
-        contents = [_bytes(file) for file in files]
-        self._data = cache.key(*contents)
+        self.tokenizer, self.name, self.train = tokenizer, name, train
+        self._from = source
+        if isinstance(source, Questions):
+            self._data = cache.key(dataclasses.asdict(source))
+        else:
+            self._data = cache.key(*(_bytes(file) for file in source))
         parts = (_FORMAT, self._data, tokenizer.digest, dataclasses.asdict(settings))
         self.key = cache.key("squad", *parts)
-        self._arrays, notes = cache.cached(self.key, lambda: _build(self._source, tokenizer, settings), folder)
+        self._arrays, notes = cache.cached(self.key, lambda: _build(self.source, tokenizer, settings), folder)
         wrong = {number: (asked, text) for number, asked, text in notes["problems"]}
         windows = self._arrays["windows"]
         kept = np.ones(len(windows), bool)
         self.articles: frozenset[str] = frozenset()
         if held_out is not None:
-            self.articles = _held_out(self._source, validation)
-            inside = np.array([question.title in self.articles for question in self._source.questions])
+            self.articles = _held_out(self.source, validation)
+            inside = np.array([question.title in self.articles for question in self.source.questions])
             kept &= inside[windows[:, 0]] == held_out
             wrong = {number: problem for number, problem in wrong.items() if inside[number] == held_out}
         self.problems = list(wrong.values())
@@ -331,13 +336,9 @@ class SquadRows:
         self.longest = settings.length
 
     @cached_property
-    def _source(self) -> Questions:
-        return read(self.files)
-
-    @property
     def source(self) -> Questions:
         """The questions and paragraphs as they are written; read when they are first needed."""
-        return self._source
+        return self._from if isinstance(self._from, Questions) else read(self._from)
 
     def take(self, samples_B: np.ndarray, width: int, random_B: np.ndarray) -> tuple[np.ndarray, ...]:
         """See `hetero_kt.data.text.Rows`."""
@@ -436,7 +437,3 @@ def _bytes(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise _damaged(file, error) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

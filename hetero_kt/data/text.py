@@ -92,7 +92,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n") if file.suffix == ".txt" else []
         missing = [token for token in _SPECIAL if token not in (lines or whole.get_vocab())]
     except Exception as error:  # a damaged file can raise anything, Rust's panics included
-        raise ValueError(f"{file} cannot be read as a tokenizer ({_first_line(error)}): fetch it again") from error
+        raise ValueError(f"{file} cannot be read as a tokenizer ({first_line(error)}): fetch it again") from error
     if missing or len(whole) <= len(_SPECIAL):
         lacking = f"lacks {missing[0]}" if missing else "holds special tokens only"
         raise ValueError(f"{file} is not the vocabulary of a BERT: it {lacking}: name another one")
@@ -219,5 +219,6 @@ def joined(pieces: Sequence[np.ndarray], dtype: Any = np.int32) -> tuple[np.ndar
     return whole, bounds
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, as part of a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
