@@ -38,5 +38,7 @@ def default() -> Recipe:
     return Recipe("bert_mobilenet", models, data, MergeNet(transfers), steps, eval_every=5 * EPOCH, save_every=EPOCH)
 
 
+VARIANTS = {"default": default}
+
 if __name__ == "__main__":
-    main({"default": default})
+    main(VARIANTS)
