@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+_cache = tempfile.TemporaryDirectory()
+os.environ.setdefault("HETERO_KT_CACHE", _cache.name)  # not the user's
 
 
 @pytest.fixture(scope="session")

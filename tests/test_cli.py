@@ -97,7 +97,7 @@ def test_plan_of_a_missing_launcher_names_those_here(
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
     said = fails(capsys, "plan", "launchers/cifar.py")
-    assert said.startswith("error: plan: launchers/cifar.py does not exist: use launchers/cifar_mergenet.py")
+    assert said.startswith("error: plan: launchers/cifar.py does not exist: use launchers/bert_cross_task.py")
 
 
 def test_help_lists_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,9 @@ def test_help_lists_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
         "sites",
         "plan",
         "report",
+        "shards",
         "export",
+        "features",
     ]
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from hetero_kt import checks, options
-from hetero_kt.config import Recipe
-from hetero_kt.models import build
+from hetero_kt.config import Distill, Recipe
+from hetero_kt.models import bert, build
 from hetero_kt.nn.reencode import find_weight
 
 LAUNCHERS = sorted((Path(__file__).parents[1] / "launchers").glob("*.py"))
@@ -30,17 +30,22 @@ def load(launcher: Path) -> ModuleType:
     return module
 
 
+HUB = {"hf:bert-base-uncased": "bert:12x768", "hf:distilbert-base-uncased": "distilbert:6x768"}
+"""Models of the hub, and fresh ones of the same shapes."""
+
+
 @cache
-def model(name: str, classes: int) -> nn.Module:
+def model(name: str, data: str) -> nn.Module:
+    if data in checks.TEXTS:
+        return bert.build(HUB.get(name, name), bert.TASKS[data], vocabulary=100)[0]
     with torch.device("meta"):  # shapes are enough
-        return build(name, classes)
+        return build(name, 100 if data in ("cifar100", "generated") else 10)
 
 
 def shapes(recipe: Recipe, site: str) -> tuple[int, int]:
     name, weight = checks.split_site(site)
     chosen = recipe.models[name]
-    classes = 100 if recipe.data[chosen.data].name == "cifar100" else 10
-    return find_weight(model(chosen.name, classes), weight).shape
+    return find_weight(model(chosen.name, recipe.data[chosen.data].name), weight).shape
 
 
 CASES = [
@@ -57,7 +62,11 @@ def test_variant(launcher: Path, variant: str, debug: bool) -> None:
     arguments = ["--variant", variant, *(["--debug"] if debug else [])]
     recipe, chosen = options.resolve(variants, arguments)  # type: ignore[arg-type]
     assert chosen.variant == variant
-    assert recipe.method.transfers
+    if isinstance(recipe.method, Distill):
+        named = {teacher.init.removeprefix("run:") for teacher in recipe.method.teachers.values()}
+        made = {make().name for make in load(launcher).VARIANTS.values()}
+        assert debug or named <= {"", *made}, "every teacher that a recipe names as a run is a variant too"
+        return
     for transfer in recipe.method.transfers.values():
         source, target = shapes(recipe, transfer.source), shapes(recipe, transfer.target)
         if transfer.mode != "full":
@@ -88,7 +97,7 @@ def test_an_epoch_is_as_many_steps_as_the_loader_makes_of_it() -> None:
         for make in load(launcher).VARIANTS.values():
             recipe = make()
             if any(data.name == "cifar100" and not data.per_class for data in recipe.data.values()):
-                assert load(launcher).EPOCH == 50_000 // 128
+                assert 50_000 // (512 if launcher.stem == "cifar_fbt" else 128) == load(launcher).EPOCH
                 assert recipe.steps % recipe.eval_every == 0
 
 
