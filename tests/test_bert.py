@@ -427,7 +427,7 @@ def test_tied_embeddings_train_over_ranks_as_in_one_process(ranks, tmp_path, kin
 
 
 def peak_megabytes(in_pieces: bool, init: str) -> float:
-    """By how much this process grows at most while a model of 76 MB is built."""
+    """By how much this process grows at most while a model of 73 MB is built."""
     import gc
 
     def status(field: str) -> int:
@@ -436,7 +436,9 @@ def peak_megabytes(in_pieces: bool, init: str) -> float:
 
     made("bert:1x32", zero=zero(3) if in_pieces else None)  # what is imported does not count
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # nor does what earlier tests have left free
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)  # nor does what earlier tests have left free
+    libc.mallopt(-3, 1 << 16)  # tensors in pages of their own, that go back when they are freed
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status("VmRSS")
     model, _ = made("bert:24x256", init=init, zero=zero(3) if in_pieces else None)
@@ -453,6 +455,6 @@ def test_a_model_built_in_pieces_is_never_whole_on_a_rank(ranks, tmp_path):
     assert size > 72
     for init in ("", str(tmp_path / "saved")):
         for grown in ranks(2).run(peak_megabytes, False, init):
-            assert grown > 0.8 * size
+            assert grown > 0.95 * size
         for grown in ranks(2).run(peak_megabytes, True, init):
-            assert grown < 0.75 * size  # its half of all tensors, and one of them whole
+            assert grown < 0.65 * size  # its half of all tensors, and one of them whole
