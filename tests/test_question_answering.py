@@ -279,7 +279,7 @@ def slow_answers(model: nn.Module, rows, n_best: int, longest: int) -> list[tupl
     return found
 
 
-@pytest.mark.parametrize(("n_best", "longest"), [(20, 30), (3, 4), (1, 30)])
+@pytest.mark.parametrize(("n_best", "longest"), [(20, 30), (20, 2), (3, 4), (1, 30)])
 @pytest.mark.parametrize("spread", [5, 60_000])
 def test_answers_equal_a_search_in_plain_python(tmp_path, tokens, monkeypatch, n_best, longest, spread):
     monkeypatch.setattr(qa, "N_BEST", n_best)

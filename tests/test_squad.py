@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from texts import FOUND, RIVER, ROWS, asked, official, tokenizer, vocabulary, write_official, write_parquet
 
@@ -312,6 +312,7 @@ def slow_windows(length: int, room: int, stride: int) -> tuple[list[list[int]], 
     return windows, best
 
 
+@example(length=400, room=317, stride=290)  # a last window so short that its length decides
 @given(length=st.integers(1, 90), room=st.integers(1, 40), stride=st.integers(1, 50))
 @settings(max_examples=120, deadline=None)
 def test_windows_and_their_best_tokens_equal_a_slow_reference(length, room, stride):
