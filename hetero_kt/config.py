@@ -90,7 +90,7 @@ class Text:
 
     tokenizer: str = "tokenizer"
     """BERT's vocabulary: a vocab.txt, or a folder with one or with tokenizer.json; as it stands, or below the data
-    folder."""
+    folder. `generated` stands for generated texts and their own words."""
     length: int = 384
     """Tokens of the longest row; SQuAD's paragraphs go into overlapping windows, reviews are cut off."""
     stride: int = 128

@@ -9,8 +9,7 @@ from torch import nn
 
 from hetero_kt.checks import BERTS, TEXTS, largest_divisor, split_site
 from hetero_kt.config import Distill, MergeNet, Model, Recipe, Text, Transfer
-from hetero_kt.data import generated_texts
-from hetero_kt.data.cache import default_folder
+from hetero_kt.data import GENERATED
 from hetero_kt.models import build
 from hetero_kt.models.teacher import RANDOM
 from hetero_kt.nn.reencode import list_weights
@@ -19,7 +18,7 @@ DEBUG_STEPS = 4
 DEBUG_BATCH = 8
 DEBUG_RANK = 4
 
-TINY_TEXT = Text(length=48, stride=16, question=16)
+TINY_TEXT = Text(GENERATED, length=64, stride=16, question=16)
 
 TINY = {
     "resnet": "cifar:resnet_tiny",
@@ -58,7 +57,6 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
         )
         for name, entry in recipe.data.items()
     }
-    texts = any(entry.name in TEXTS for entry in recipe.data.values())
     models = {
         name: replace(
             model,
@@ -75,7 +73,6 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
         name=f"{recipe.name}_debug",
         models=models,
         data=data,
-        data_dir=str(generated_texts.write(default_folder() / "generated")) if texts else recipe.data_dir,
         method=_tiny_method(recipe, models),
         steps=min(recipe.steps, DEBUG_STEPS),
         log_every=1,

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 
 from hetero_kt.config import Data
-from hetero_kt.data import counter
+from hetero_kt.data import counter, sayings
 from hetero_kt.data.cifar import cifar100
 from hetero_kt.data.digits import digits
 from hetero_kt.data.generated import CLASSES as GENERATED_CLASSES
 from hetero_kt.data.generated import generated
 from hetero_kt.data.images import ImageSet, class_counts, draw_per_class
-from hetero_kt.data.imdb import imdb
+from hetero_kt.data.imdb import ReviewRows, imdb
 from hetero_kt.data.loader import Loader
-from hetero_kt.data.masked import pretraining
+from hetero_kt.data.masked import MaskedRows, pretraining
 from hetero_kt.data.mixing import Mixer
 from hetero_kt.data.pictures import InMemory, PictureLoader, Unreadable
 from hetero_kt.data.shards import Index, Shards, local
-from hetero_kt.data.squad import Windows, squad
+from hetero_kt.data.squad import SquadRows, Windows, squad
 from hetero_kt.data.text import Rows, TextLoader, Tokenizer, load_tokenizer
 
 __all__ = ["ImageSet", "Loader", "PictureLoader", "Unreadable", "classes", "load", "open_loader"]
@@ -120,6 +120,8 @@ TEXTS = ("squad", "imdb", "pretraining")
 
 def tokenizer(config: Data, data_dir: str = "") -> Tokenizer:
     """The tokenizer of a set of texts. Raises ValueError where there is none."""
+    if config.text.tokenizer == GENERATED:
+        return sayings.vocabulary()
     below = Path(data_dir or os.environ.get("HETERO_KT_DATA") or "data") / config.text.tokenizer
     return load_tokenizer(config.text.tokenizer if Path(config.text.tokenizer).exists() else below)
 
@@ -130,12 +132,26 @@ def _texts(config: Data, data_dir: str, train: bool) -> Rows:
         tokenizer(config, data_dir),
         config.text,
     )
+    windows = Windows(text.length, text.stride, text.question)
+    if text.tokenizer == GENERATED:
+        return _sayings(config, tokens, windows, train)
     if config.name == "squad":
-        windows = Windows(text.length, text.stride, text.question)
         return squad(folder, tokens, windows, train=train, validation=config.validation)
     if config.name == "imdb":
         return imdb(folder, tokens, text.length, train=train, validation=config.validation, per_class=config.per_class)
     return pretraining(folder, tokens, text.length, train=train)
+
+
+GENERATED = "generated"
+"""As `Text.tokenizer`: generated texts and their own words, for tests and `--debug`."""
+
+
+def _sayings(config: Data, tokens: Tokenizer, windows: Windows, train: bool) -> Rows:
+    if config.name == "squad":
+        return SquadRows(sayings.questions(train), tokens, windows, name=GENERATED, train=train)
+    if config.name == "imdb":
+        return ReviewRows(*sayings.reviews(train), tokens, windows.length, name=GENERATED)
+    return MaskedRows(sayings.plain(True), tokens, windows.length, train=train, name=GENERATED)
 
 
 def _load(config: Data, data_dir: str, train: bool) -> ImageSet:
