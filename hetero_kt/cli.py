@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("sites", help="list a model's weights that can take part in a transfer")
-    command.add_argument("name", metavar="NAME", help="timm:resnet50, cifar:mobilenetv2, ...")
+    command.add_argument("name", metavar="NAME", help="timm:resnet50, cifar:mobilenetv2, bert:4x256, ...")
     command.add_argument("--classes", type=int, default=100, help="outputs of the classifier (100)")
     command.add_argument("--image-size", type=int, default=32, help="for models of a fixed input size (32)")
     command.set_defaults(command=_sites)
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_export)
 
     command = commands.add_parser("features", help="draw the features of models' four stages on pictures")
-    command.add_argument("models", nargs="+", metavar="MODEL", help="timm:resnet50, cifar:mobilenetv2, ...")
+    command.add_argument("models", nargs="+", metavar="MODEL", help="timm:resnet50, cifar:mobilenetv2, bert:4x256, ...")
     command.add_argument("--images", nargs="+", required=True, metavar="FILES_OR_FOLDER", help="pictures, at most 16")
     command.add_argument("--png", required=True, metavar="OUT", help="write the figure there")
     command.add_argument(
@@ -89,10 +90,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sites(arguments: argparse.Namespace) -> int:
+    from hetero_kt.checks import BERTS
     from hetero_kt.models import build
     from hetero_kt.nn.reencode import list_weights
 
-    model = build(arguments.name, arguments.classes, image_size=arguments.image_size)
+    if arguments.name.partition(":")[0] in BERTS:
+        from hetero_kt.models import bert
+
+        model: Any = bert.build(arguments.name, "classification", vocabulary=30_522, classes=arguments.classes)[0]
+    else:
+        model = build(arguments.name, arguments.classes, image_size=arguments.image_size)
     weights = list_weights(model)
     table = Table(title=arguments.name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("weight", overflow="fold")

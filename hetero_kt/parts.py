@@ -77,7 +77,7 @@ def build_model(model: Model, config: Data, data_dir: str, output_dir: str = "ru
         tokens = data.tokenizer(config, data_dir)
         init = str(weights_of(model.init, "init", output_dir)) if model.init else ""
         module, start = bert.build(model.name, bert.TASKS[config.name], vocabulary=tokens, init=init)
-        if model.init or model.name.startswith("hf:"):
+        if launch.place()[0] == 0 and (init or model.name.startswith("hf:")):
             print(f"{model.name}: {start}", flush=True)
         return module
     classes = data.classes(config, data_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hetero_kt import config, data, models
+from hetero_kt import config, data, models, parts
 from hetero_kt.checks import split_site, zero_block
-from hetero_kt.config import Distill, MergeNet, Model, Recipe
+from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe
 from hetero_kt.methods.fbt import connect
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import build_adapter
@@ -41,15 +41,16 @@ class ModelCost:
     """What ZeRO moves per step and rank: 2 P (w-1)/w at stages 1 and 2, 3 P (w-1)/w at stage 3 (Rajbhandari 2020)."""
 
 
-def model_cost(module: nn.Module, model: Model, image_size: int, world: int) -> ModelCost:
-    """Cost of `module` (plain, on the CPU) trained as `model` says on `world` ranks."""
+def model_cost(module: nn.Module, model: Model, pictures: Data, world: int) -> ModelCost:
+    """Cost of `module` (plain, on the CPU) trained as `model` says on `world` ranks; one sample is a picture, or a
+    text of the greatest length."""
     stage = zero_block(model.zero)["stage"]
     width = 2 if model.precision == "bf16" else 4
     count = sum(p.numel() for p in module.parameters())
     states = 4 * count * (1 + MOMENTS[model.optim.name])
     return ModelCost(
         parameters=count,
-        macs=_macs(module, torch.zeros(1, 3, image_size, image_size)),
+        macs=_macs(module, _sample(pictures)),
         weight_bytes=width * count // (world if stage == 3 else 1),
         gradient_bytes=width * count // (world if stage >= 2 else 1),
         optimizer_bytes=states // (world if stage >= 1 else 1) if stage else states - 4 * count,
@@ -151,6 +152,12 @@ def _shape(layout: Layout) -> tuple[int, ...]:
     return (layout.prefix + layout.grid[0] * layout.grid[1], layout.channels)
 
 
+def _sample(config: Data) -> torch.Tensor:
+    if config.name in data.TEXTS:
+        return torch.zeros(1, config.text.length, dtype=torch.long)
+    return torch.zeros(1, 3, config.image_size, config.image_size)
+
+
 def _macs(module: nn.Module, inputs: Any) -> int:
     """Multiply-accumulates of linear and convolution layers in one forward in eval mode."""
     modes = [(part, part.training) for part in module.modules()]
@@ -166,11 +173,7 @@ def _macs(module: nn.Module, inputs: Any) -> int:
 def show(recipe: Recipe, world: int) -> None:
     """Print the plan of `recipe` on `world` ranks; nothing is started and no data set is decoded."""
     modules = {
-        name: models.build(
-            m.name,
-            data.classes(recipe.data[m.data], recipe.data_dir),
-            image_size=recipe.data[m.data].image_size,
-        )
+        name: parts.build_model(replace(m, init="", pretrained=False), recipe.data[m.data], recipe.data_dir)
         for name, m in recipe.models.items()
     }
     console = Console(highlight=False, width=110)
@@ -188,7 +191,7 @@ def _models_table(recipe: Recipe, modules: dict[str, nn.Module], world: int) -> 
         "model",
         "ZeRO",
         "parameters",
-        "MACs / picture",
+        "MACs / sample",
         "weights",
         "gradients",
         "optimizer",
@@ -196,7 +199,7 @@ def _models_table(recipe: Recipe, modules: dict[str, nn.Module], world: int) -> 
     ):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, model in recipe.models.items():
-        cost = model_cost(modules[name], model, recipe.data[model.data].image_size, world)
+        cost = model_cost(modules[name], model, recipe.data[model.data], world)
         table.add_row(
             name,
             str(zero_block(model.zero)["stage"]),
@@ -230,7 +233,7 @@ def _teachers_tables(recipe: Recipe, method: Distill, modules: dict[str, nn.Modu
     ((_, model),) = recipe.models.items()
     pictures = recipe.data[model.data]
     table = Table(title="frozen teachers: no gradients, no optimizer")
-    for heading in ("teacher", "kept", "parameters", "MACs / picture", "weights"):
+    for heading in ("teacher", "kept", "parameters", "MACs / sample", "weights"):
         table.add_column(heading, justify="left" if heading in ("teacher", "kept") else "right")
     for name, teacher in method.teachers.items():
         size = teacher.image_size or pictures.image_size

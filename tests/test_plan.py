@@ -19,10 +19,12 @@ from hetero_kt.distributed.launch import Ranks
 from hetero_kt.options import without_local_rank
 from hetero_kt.tasks import classification
 
+PICTURES = Data("generated", image_size=224)
+
 
 def test_parameters_and_macs_of_resnet18_are_the_published_ones() -> None:
     module = models.build("timm:resnet18", 1000, image_size=224)
-    cost = plan.model_cost(module, Model("timm:resnet18", "d"), 224, world=1)
+    cost = plan.model_cost(module, Model("timm:resnet18", "d"), PICTURES, world=1)
     assert cost.parameters == 11_689_512
     assert cost.macs / 1e9 == pytest.approx(1.814, abs=0.01)
 
@@ -33,7 +35,7 @@ def test_parameters_and_macs_of_resnet18_are_the_published_ones() -> None:
 def test_macs_are_those_of_linear_and_convolution_layers(name: str, billions: float) -> None:
     """By hand: every linear layer at every token. The products of attention are not among them."""
     module = models.build(f"timm:{name}", 1000, image_size=224)
-    cost = plan.model_cost(module, Model(f"timm:{name}", "d"), 224, world=1)
+    cost = plan.model_cost(module, Model(f"timm:{name}", "d"), PICTURES, world=1)
     if name.startswith("vit"):
         width = 384
         assert cost.macs == 196 * 3 * 16 * 16 * width + 12 * 197 * 12 * width**2 + width * 1000
@@ -50,7 +52,7 @@ def test_zero_stages_divide_what_they_should(
     """Bytes per parameter on one of four ranks: SGD with momentum keeps a master copy and one moment."""
     module = models.build("cifar:resnet_tiny", 10)
     model = Model("cifar:resnet_tiny", "d", optim=Optim(name="sgd"), zero=f"ds_configs/zero{stage}.json")
-    cost = plan.model_cost(module, model, 32, world=4)
+    cost = plan.model_cost(module, model, Data("generated"), world=4)
     count = cost.parameters
     got = [cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes, cost.sent_bytes]
     assert [b / count for b in got] == pytest.approx([weights, gradients, states, sent], rel=1e-3)
