@@ -59,7 +59,13 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
     modules = {}
     for name, model in recipe.models.items():
         seed_by_name(recipe, name)
-        modules[name] = build_model(model, recipe.data[model.data], recipe.data_dir, recipe.output_dir)
+        modules[name] = build_model(
+            model,
+            recipe.data[model.data],
+            recipe.data_dir,
+            recipe.output_dir,
+            zero_block(model.zero) if _in_pieces(recipe, name) else None,
+        )
         _check_precision(f"--models.{name}.precision", model.precision, modules[name])
     if isinstance(recipe.method, MergeNet):
         for label, transfer in recipe.method.transfers.items():
@@ -69,14 +75,25 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
     return modules
 
 
-def build_model(model: Model, config: Data, data_dir: str, output_dir: str = "runs") -> nn.Module:
-    """A recipe's model for its data, with its first weights."""
+def _in_pieces(recipe: Recipe, name: str) -> bool:
+    """Whether a model is never whole on a rank: texts' models under ZeRO-3, unless a layer has to be factorised."""
+    model = recipe.models[name]
+    transfers = recipe.method.transfers.values() if isinstance(recipe.method, MergeNet) else ()
+    factored = {split_site(site)[0] for t in transfers if t.mode == "factor" for site in (t.source, t.target)}
+    wanted = recipe.data[model.data].name in data.TEXTS and model.precision != "bf16" and name not in factored
+    return wanted and zero_block(model.zero)["stage"] == 3
+
+
+def build_model(
+    model: Model, config: Data, data_dir: str, output_dir: str = "runs", zero: dict[str, Any] | None = None
+) -> nn.Module:
+    """A recipe's model for its data, with its first weights; with a ZeRO-3 block, a BERT is built in pieces."""
     if config.name in data.TEXTS:
         from hetero_kt.models import bert
 
         tokens = data.tokenizer(config, data_dir)
         init = str(weights_of(model.init, "init", output_dir)) if model.init else ""
-        module, start = bert.build(model.name, bert.TASKS[config.name], vocabulary=tokens, init=init)
+        module, start = bert.build(model.name, bert.TASKS[config.name], vocabulary=tokens, init=init, zero=zero)
         if launch.place()[0] == 0 and (init or model.name.startswith("hf:")):
             print(f"{model.name}: {start}", flush=True)
         return module
@@ -140,8 +157,8 @@ def evaluate_teachers(
 
 
 def parameters(module: nn.Module | None) -> int:
-    """Number of a plain module's parameters."""
-    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+    """Number of a module's parameters, also of one in pieces."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters()) if module is not None else 0
 
 
 def _check_precision(option: str, precision: str, module: nn.Module, whose: str = "this model") -> None:

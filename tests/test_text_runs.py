@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForQuestionAnswering, DistilBertForSequenceClassification
 
-from hetero_kt import data
+from hetero_kt import data, parts
 from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer
 from hetero_kt.distributed import params
 from hetero_kt.distributed.learner import build_learner
@@ -165,6 +165,24 @@ def test_a_resume_goes_on_in_both_loaders(ranks: Any, tmp_path: Path, stage: int
     for one, other in zip(resumed, ends, strict=True):
         for key in ("bert", "distilbert", "bert optimizer", "distilbert optimizer", "method", "random", "metrics"):
             tiny.assert_equal(one[key], other[key], key)
+
+
+def test_a_model_built_in_pieces_trains_as_one_built_whole(ranks: Any, tmp_path: Path) -> None:
+    """Under ZeRO-3 no rank ever holds all of it, from the first weights on."""
+    ends = {}
+    for stage in (1, 3):
+        base = replace(recipe(tmp_path, stage), output_dir=str(tmp_path / f"stage{stage}"))
+        assert ranks(2).run(in_pieces, base) == [stage == 3] * 2
+        ends[stage] = tiny.train(ranks(2), base)[0]
+        lines = tiny.lines(run_folder(base))
+        ends[stage]["losses"] = [v for line in lines for k, v in sorted(line.items()) if k.endswith("/loss")]
+    assert len(ends[1]["losses"]) == 12
+    assert ends[3]["losses"] == pytest.approx(ends[1]["losses"], rel=1e-4)
+
+
+def in_pieces(base: Recipe) -> bool:
+    modules = parts.build_models(base)
+    return all(hasattr(p, "ds_id") for module in modules.values() for p in module.parameters())
 
 
 def test_exports_are_transformers_own(ranks: Any, tmp_path: Path) -> None:
