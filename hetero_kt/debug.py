@@ -64,6 +64,7 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
             init="",
             pretrained=False,
             steps=min(model.steps, DEBUG_STEPS - 1),
+            schedule=replace(model.schedule, warmup=0),
             micro_batch=micro_batch if model.micro_batch else 0,
         )
         for name, model in recipe.models.items()

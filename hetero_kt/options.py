@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from hetero_kt.checks import check, zero_block
-from hetero_kt.config import MergeNet, Recipe, nearest, to_yaml
+from hetero_kt.config import Data, MergeNet, Recipe, nearest, to_yaml
 from hetero_kt.debug import shrink
 from hetero_kt.distributed.launch import place
 
@@ -189,12 +189,22 @@ def runs_before(recipe: Recipe, options: Options, variants: Variants | Callable[
         for teacher in getattr(recipe.method, "teachers", {}).values():
             if teacher.init == f"run:{one.name}" and len(models) == 1:
                 models = {key: replace(model, name=teacher.name) for key, model in models.items()}
+                (student,) = recipe.models.values()
+                one = replace(one, data=_same_pictures(one.data, recipe.data[student.data], teacher.image_size))
         if options.zero_config:
             models = {key: replace(model, zero=options.zero_config) for key, model in models.items()}
         one = replace(one, models=models, data_dir=recipe.data_dir, output_dir=recipe.output_dir)
         check(one, place()[1])
         before.append(one)
     return before
+
+
+def _same_pictures(data: Mapping[str, Data], student: Data, image_size: int) -> dict[str, Data]:
+    """A teacher's data: how much of it, in which batches and how augmented is the teacher's own matter; which pictures
+    there are, how large, and which are held out, is the student's."""
+    same = {name: getattr(student, name) for name in ("name", "folder", "pipeline", "validation", "workers", "corrupt")}
+    size = image_size or student.image_size
+    return {key: replace(one, **same, image_size=size) for key, one in data.items()}
 
 
 def check_options(options: Options) -> None:

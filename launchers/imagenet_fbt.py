@@ -6,7 +6,8 @@ Main paper, Table 2, any pair:  deepspeed launchers/imagenet_fbt.py --models.stu
 Variants: default (CNN student: Swin-T -> ResNet18) and tokens (MSA/MLP student: ConvNeXt-T -> DeiT-T), each with its
           published schedule; tiny (our reduced pair, for shards of 30 classes: --first tiny_teacher).
 Teachers: timm's weights of the name that you give, as far as they were trained on these 1,000 classes; others by
-          --method.teachers.teacher.init FILE_OR_RUN. --method.teachers.teacher.zero ds_configs/zero3.json shards one.
+          --method.teachers.teacher.no-pretrained --method.teachers.teacher.init FILE_OR_RUN.
+          --method.teachers.teacher.zero ds_configs/zero3.json shards one.
 Nodes:    srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python launchers/imagenet_fbt.py
 Hardware: eight GPUs with 40 GB; about a day for `default`, three for `tokens` (estimates).
 Expected: Swin-T -> ResNet18 72.21 (KD 71.14, OFA 71.76); ConvNeXt-T -> DeiT-T 75.26 (OFA 74.41).
@@ -14,7 +15,7 @@ Expected: Swin-T -> ResNet18 72.21 (KD 71.14, OFA 71.76); ConvNeXt-T -> DeiT-T 7
 
 from dataclasses import replace
 
-from hetero_kt.config import FBT, Data, Distill, Mix, Model, Optim, Recipe, Schedule, Teacher, Transform
+from hetero_kt.config import FBT, OFA, Data, Distill, Mix, Model, Optim, Recipe, Schedule, Teacher, Transform
 from hetero_kt.run import main
 
 EPOCH = 2502  # steps of 512 rows
@@ -34,7 +35,7 @@ def default() -> Recipe:
         "imagenet_fbt",
         {"student": student},
         {"pictures": Data("shards", folder="imagenet", batch=512, pipeline="timm", image_size=224, workers=8)},
-        Distill({"teacher": teacher}, fbt=FBT(gamma=1.5)),
+        Distill({"teacher": teacher}, ofa=OFA(gamma=1.5), fbt=FBT(gamma=1.5)),
         steps=100 * EPOCH,
         eval_every=EPOCH,
         save_every=EPOCH // 2,
@@ -53,7 +54,8 @@ def tokens() -> Recipe:
     )
     strong = Transform(rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, erasing=0.25)
     data = replace(base.data["pictures"], batch=1024, transform=strong, mix=Mix(mixup=0.8, cutmix=1.0))
-    method = Distill({"teacher": Teacher("timm:convnext_tiny.fb_in1k", pretrained=True)}, fbt=FBT(gamma=1.5))
+    assert isinstance(base.method, Distill)
+    method = replace(base.method, teachers={"teacher": Teacher("timm:convnext_tiny.fb_in1k", pretrained=True)})
     steps = 300 * epoch
     return replace(
         base,
@@ -70,7 +72,11 @@ def tiny() -> Recipe:
         "imagenet_fbt_tiny",
         "student",
         "cifar:mixer_tiny",
-        Distill({"teacher": Teacher("cifar:resnet_small", init="run:imagenet_fbt_tiny_teacher")}, fbt=FBT(gamma=1.5)),
+        Distill(
+            {"teacher": Teacher("cifar:resnet_small", init="run:imagenet_fbt_tiny_teacher")},
+            ofa=OFA(gamma=1.5),
+            fbt=FBT(gamma=1.5),
+        ),
         steps=600,
     )
 

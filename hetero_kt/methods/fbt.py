@@ -11,7 +11,6 @@ Borrowed stages stay in the engine that owns them and are called through it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -89,9 +88,14 @@ class FBT:
             )
 
     def __call__(self, student: DeepSpeedEngine, aside: Any, pictures: Tensor, labels: Tensor) -> tuple[Tensor, Terms]:
-        known = {name: teacher(pictures) for name, teacher in self.teachers.items()}
-        knowledge = {name: Knowledge(k["pooled"], k["logits"]) for name, k in known.items()}
-        knowledge |= self._student_and_fused(student, aside, pictures, known)
+        knowledge, fronts = {}, {}
+        for name, teacher in self.teachers.items():
+            known = teacher(pictures)
+            knowledge[name] = Knowledge(known["pooled"], known["logits"])
+            if name in self.routes and self.routes[name].front == "teacher":
+                fronts[name] = known["stages"][2]
+            del known  # the other stages' features are large, and the student comes yet
+        knowledge |= self._student_and_fused(student, aside, pictures, fronts)
 
         terms: Terms = {}
         features = {}
@@ -116,25 +120,23 @@ class FBT:
         return knowledge["student"].logits, terms
 
     def _student_and_fused(
-        self, student: DeepSpeedEngine, aside: Any, pictures: Tensor, known: Mapping[str, dict[str, Any]]
+        self, student: DeepSpeedEngine, aside: Any, pictures: Tensor, fronts: dict[str, Tensor]
     ) -> dict[str, Knowledge]:
         """The student's knowledge and every fused model's.
 
         Where the teacher is the front, its feature is there before the student runs. So the student's last stage takes
-        its own feature and the connectors' (side by side in the batch) within one forward of the student, in which
-        ZeRO-3 holds the student's class token together.
+        its own feature and the connectors' within one forward of the student, in which ZeRO-3 holds the student's class
+        token together.
         """
-        to_student = [name for name, way in self.routes.items() if way.tail == "student"]
         to_teacher = [name for name, way in self.routes.items() if way.tail == "teacher"]
         last_stage = self.settings.last_stage
 
-        tails = self._connected(aside, {name: known[name]["stages"][2] for name in to_student})
-        tail = torch.cat([tails[name] for name in to_student]) if to_student else None
-        own = student(pictures, features=True, tail=tail, last_stage=last_stage)
+        tails = self._connected(aside, fronts)
+        own = student(pictures, features=True, tail=list(tails.values()) or None, last_stage=last_stage)
         knowledge = {"student": Knowledge(own["pooled"], own["logits"])}
-        if to_student:
-            ends = zip(*(own[what].chunk(len(to_student)) for what in ("tail_pooled", "tail_logits")), strict=True)
-            knowledge |= {self.fused[name]: Knowledge(*end) for name, end in zip(to_student, ends, strict=True)}
+        if tails:
+            for name, *end in zip(tails, own["tail_pooled"], own["tail_logits"], strict=True):
+                knowledge[self.fused[name]] = Knowledge(*end)
 
         tails = self._connected(aside, dict.fromkeys(to_teacher, own["stages"][2]))
         for name in to_teacher:

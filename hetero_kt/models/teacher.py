@@ -5,6 +5,7 @@ Shape suffixes: B rows, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_kt.config import Teacher
+from hetero_kt.config import Teacher, from_yaml
 from hetero_kt.models import build
 from hetero_kt.nn.stages import Stages, expose
 
@@ -84,7 +85,9 @@ class Frozen:
         if not self.same:
             pictures_BCHW = torch.addcmul(self.shift, pictures_BCHW, self.scale)
         if pictures_BCHW.shape[-1] != self.image_size:
-            pictures_BCHW = F.interpolate(pictures_BCHW, (self.image_size, self.image_size), mode="bicubic")
+            shrinks = self.image_size < pictures_BCHW.shape[-1]
+            size = (self.image_size, self.image_size)
+            pictures_BCHW = F.interpolate(pictures_BCHW, size, mode="bicubic", antialias=shrinks)
         return pictures_BCHW
 
     @torch.no_grad()
@@ -178,8 +181,18 @@ def weights_of(init: str, option: str, output_dir: str = "runs") -> Path:
             f"{option} {init} names {path}, which does not exist: train that model first, or name another file."
         )
     found = sorted([*path.rglob("export/*.safetensors"), *path.rglob("export/*/model.safetensors")])
+    found = [file for file in found if _finished(next(p for p in file.parents if p.name == "export").parent)]
     if len(found) == 1:
         return found[0]
     if not found:
         raise ValueError(f"{option} {init}: no run in {path} has finished: let it end first.")
     raise ValueError(f"{option} {init}: {path} holds {len(found)} models: name one, {found[0]} for example.")
+
+
+def _finished(run: Path) -> bool:
+    """Whether a run has come to the end of its recipe: one that --max-steps has cut short exports too. A folder without
+    a recipe is no run, and its owner knows."""
+    recipe, result = run / "recipe.yaml", run / "result.json"
+    if not recipe.is_file():
+        return True
+    return result.is_file() and json.loads(result.read_text())["steps"] >= from_yaml(recipe.read_text()).steps

@@ -112,13 +112,19 @@ class Stages:
         return torch.cat([*(token.expand(len(patches_NLC), -1, -1) for token in tokens), patches_NLC], dim=1)
 
     def forward(
-        self, x: Tensor | None = None, *, features: bool = False, tail: Tensor | None = None, last_stage: bool = True
+        self,
+        x: Tensor | None = None,
+        *,
+        features: bool = False,
+        tail: Tensor | Sequence[Tensor] | None = None,
+        last_stage: bool = True,
     ) -> Any:
         """What an exposed model's own forward does.
 
         `model(x)` gives logits. With `features` it gives a dict: "stages" (the four features), "pooled",
         "logits". With `tail`, a feature in stage 3's layout without prefix tokens, that one goes through stage 4
-        and the head too: "tail_pooled" and "tail_logits" are in the dict, alone where there is no `x`. Without
+        and the head too: "tail_pooled" and "tail_logits" are in the dict, alone where there is no `x`. Several tails go
+        through one after the other, and both are lists; BatchNorm statistics do not see any of them. Without
         `last_stage` the tail is in stage 4's layout and goes straight to the head.
         """
         assert x is not None or tail is not None, "a model needs pictures, a tail or both"
@@ -133,10 +139,16 @@ class Stages:
                 return logits_BK
             answer = {"stages": maps, "pooled": pooled_BD, "logits": logits_BK}
         if tail is not None:
-            if last_stage:
-                tail = self.stage(4, self.with_prefix(tail))
-            answer["tail_pooled"], answer["tail_logits"] = self.head(tail)
+            # Another model's features leave no trace in the statistics that this model is evaluated with.
+            with _statistics_kept([self.model]) if self.model.training else nullcontext():
+                ends = [self._end(one, last_stage) for one in ([tail] if isinstance(tail, Tensor) else tail)]
+            pooled, logits = ([end[i] for end in ends] for i in (0, 1))
+            alone = isinstance(tail, Tensor)
+            answer["tail_pooled"], answer["tail_logits"] = (pooled[0], logits[0]) if alone else (pooled, logits)
         return answer
+
+    def _end(self, tail: Tensor, last_stage: bool) -> tuple[Tensor, Tensor]:
+        return self.head(self.stage(4, self.with_prefix(tail)) if last_stage else tail)
 
     def _probe(self, image_size: int) -> tuple[list[Tensor], Tensor]:
         """The features and the pooled feature of a picture; checks that stages and model agree on it."""
