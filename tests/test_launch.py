@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from ranks import RankPool
 
+from hetero_kt.data import workers
 from hetero_kt.distributed import launch
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -166,6 +168,29 @@ def test_a_slurm_step_without_hosts_is_one_sentence(
 def test_a_batch_script_is_no_rank_of_its_job() -> None:
     os.environ |= {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
     assert launch.place() == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "here"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"LOCAL_SIZE": "3"}, 3),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x12),3", "SLURM_NTASKS_PER_NODE": "8"}, 4),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "8"}, 8),
+        ({"SLURM_NTASKS_PER_NODE": "8"}, 1),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "1", "LOCAL_SIZE": "2"}, 2),
+    ],
+)
+def test_every_starter_says_how_many_ranks_share_a_machine(
+    environment: dict[str, str], here: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.environ |= environment
+    assert launch.ranks_here() == here
+    # room for 12 workers' results, shared by the ranks of this machine
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: SimpleNamespace(free=72_000))
+    monkeypatch.setattr(workers, "_SHARED_MEMORY", ROOT)
+    assert workers.usable(99, 1000) == 12 // here
 
 
 def test_more_ranks_than_gpus_is_one_sentence_on_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ has one thread and no CUDA, and then forks a worker in milliseconds.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -119,10 +118,13 @@ def usable(workers: int, result_bytes: int) -> int:
     0 in a daemonic process, which may start none, and where not even one worker's results fit: containers often
     have no more than 64 MB of shared memory, and a process that writes beyond it is killed.
     """
+    # Not at the top: the server imports this module and is to know nothing of GPUs, which that package asks for.
+    from hetero_kt.distributed.launch import ranks_here
+
     if multiprocessing.current_process().daemon:
         return 0
     if workers and _SHARED_MEMORY.is_dir():
-        share = shutil.disk_usage(_SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = shutil.disk_usage(_SHARED_MEMORY).free // ranks_here()
         workers = min(workers, share // (2 * (_AHEAD + 1) * result_bytes))
     return workers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -48,8 +49,7 @@ def start() -> Ranks:
     if not cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
-    ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's name, deepspeed's
-    wanted = int(ranks_here or local_rank + 1)
+    wanted = ranks_here(otherwise=local_rank + 1)
     if cuda and wanted > torch.cuda.device_count():
         raise ValueError(
             f"{wanted} ranks on a machine with {torch.cuda.device_count()} visible GPU(s): start one process per GPU, "
@@ -59,7 +59,8 @@ def start() -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(ranks_here or os.environ["WORLD_SIZE"])))
+        here = ranks_here(otherwise=int(os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
@@ -73,6 +74,20 @@ def place() -> tuple[int, int]:
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
     return 0, 1
+
+
+def ranks_here(otherwise: int = 1) -> int:
+    """Ranks on this machine, as torchrun, deepspeed or srun says; `otherwise` where none of them does.
+
+    Of a Slurm step whose machines have different numbers of tasks it is the largest.
+    """
+    env = os.environ
+    stated = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE")  # torchrun's name, deepspeed's
+    if not stated and "SLURM_STEP_ID" in env:  # a batch script has the job's numbers, and is no rank
+        # As in 4(x2),3; the second is the job's and only there if it was asked for.
+        stated = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE")
+    counts = re.findall(r"(\d+)(?:\(x\d+\))?", stated or "")
+    return max(map(int, counts), default=otherwise)
 
 
 def _fill_environment() -> None:
