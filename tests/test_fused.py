@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from hetero_kt import config, models, plan
 from hetero_kt.config import Data, Distill, Model, Recipe, Teacher
 from hetero_kt.methods.fbt import FBT, connect
 from hetero_kt.models.teacher import Frozen
+from hetero_kt.nn import fused, losses
 from hetero_kt.nn.fused import L2G, Route, macs, route
 from hetero_kt.nn.stages import Layout, Stages, expose, split, to_map
 
@@ -119,6 +121,19 @@ def test_any_form_and_grid_comes_out_as_the_receiving_stage_wants_it(
         assert (gradient[:, :2] == 0).all(), "class tokens take no part"
         gradient = gradient[:, 2:]
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("before", "after"), [((8, 6), (4, 3)), ((4, 4), (1, 4)), ((5, 5), (3, 3)), ((6, 4), (3, 3))])
+def test_a_shrinking_grid_is_averaged_and_where_it_divides_evenly_deterministically(
+    before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    """CUDA has no deterministic backward of adaptive pooling."""
+    x = torch.randn(2, 3, *before, requires_grad=True)
+    shrunk = (fused._resized(x, after), losses.features._pooled(x, after))
+    for y in shrunk:
+        torch.testing.assert_close(y, F.adaptive_avg_pool2d(x, after))
+        evenly = before[0] % after[0] == before[1] % after[1] == 0
+        assert (y.grad_fn.name() == "AvgPool2DBackward0") == evenly  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -302,6 +302,7 @@ def pair_error(projection: Projection, ours: Tensor, theirs: Tensor) -> Tensor:
         ([MAPS, MAPS, MAPS, COARSE], [TOKENS] * 4),
         ([TOKENS] * 4, [MAPS, MAPS, COARSE, COARSE]),
         ([MAPS] * 4, [MAPS] * 4),
+        ([MAPS] * 4, [COARSE] * 4),
     ],
 )
 def test_fitnet_compares_maps_in_the_teacher_s_width_and_grid(students: list[Layout], teachers: list[Layout]) -> None:

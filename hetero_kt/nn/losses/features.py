@@ -78,8 +78,17 @@ class FitNet(nn.Module):
         x = wide(map_BCHW)
         finer = x.shape[-2] * x.shape[-1] > teacher.grid[0] * teacher.grid[1]
         if finer:  # projecting and resizing commute: the projection works on the smaller of the two grids
-            x = F.adaptive_avg_pool2d(x, teacher.grid)
+            x = _pooled(x, teacher.grid)
         x = projection(x.movedim(1, -1)).movedim(-1, 1)
         if x.shape[-2:] != teacher.grid:
             x = F.interpolate(x, teacher.grid, mode="bilinear")
         return x
+
+
+def _pooled(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Averaged over the places of the coarser `grid`."""
+    rows, columns = map_BCHW.shape[-2:]
+    if rows % grid[0] == 0 and columns % grid[1] == 0:
+        # The same, with a backward that is deterministic on GPUs.
+        return F.avg_pool2d(map_BCHW, (rows // grid[0], columns // grid[1]))
+    return F.adaptive_avg_pool2d(map_BCHW, grid)
