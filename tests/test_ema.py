@@ -65,6 +65,16 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def whole(average: EMA) -> dict[str, Any]:
+    """The state that the first rank would write, as every rank would read it; only the first has the weights."""
+    state = average.state_dict()
+    assert bool(state["weights"]) == (dist.get_rank() == 0)
+    shared = [state]
+    dist.broadcast_object_list(shared)
+    assert shared[0]["updates"] == state["updates"]
+    return shared[0]
+
+
 def references(world: int) -> Iterator[list[ModelEmaV3]]:
     """After each step, timm's averages of a plain model that each rank would have: own buffers, common weights."""
     models = [model_of() for _ in range(world)]
@@ -94,13 +104,13 @@ def against_timm(stage: int) -> list[str]:
     for step, averages in enumerate(references(dist.get_world_size())):
         train(engine, average, range(step, step + 1))
         expected = averages[dist.get_rank()].module.state_dict()
-        found = average.state_dict()["weights"] | average.local_state()
+        found = whole(average)["weights"] | average.local_state()
         if set(found) != set(expected) - {"fc.bias"}:  # frozen
             wrong.append(f"names {set(found) ^ set(expected)}")
         wrong += [f"{step} {k}" for k in found if not torch.allclose(found[k], expected[k], rtol=0, atol=1e-6)]
     if stage == 3:
         assert engine.module.conv.weight.ds_status == ZeroParamStatus.NOT_AVAILABLE
-    assert not torch.allclose(average.state_dict()["weights"]["conv.weight"], params.state_dict(engine)["conv.weight"])
+    assert not torch.allclose(whole(average)["weights"]["conv.weight"], params.state_dict(engine)["conv.weight"])
     engine.destroy()
     return wrong
 
@@ -121,7 +131,7 @@ def against_masters(stage: int, precision: str, block: dict[str, Any]) -> tuple[
         train(engine, average, range(step, step + 1))
         shadow.load_state_dict(params.state_dict(engine))
         expected.update(shadow, step=step + 1)
-    found = average.state_dict()["weights"]
+    found = whole(average)["weights"]
     names = found.keys()
     fine = any(not torch.equal(value, value.bfloat16().float()) for value in found.values())
     equal = all(torch.equal(found[name], expected.module.state_dict()[name]) for name in names)
@@ -165,7 +175,7 @@ def applying(stage: int, precision: str, block: dict[str, Any]) -> dict[str, boo
     train(engine, average, range(3))
     logits(model)  # leaves weights of a ZeRO-3 model gathered, for a backward that does not come
     before = state_of(engine)
-    saved, local = average.state_dict()["weights"], average.local_state()
+    saved, local = whole(average)["weights"], average.local_state()
     plain = model_of(precision)
     plain.load_state_dict(saved | local, strict=False)
     plain.to(next(model.parameters()).dtype)
@@ -177,7 +187,7 @@ def applying(stage: int, precision: str, block: dict[str, Any]) -> dict[str, boo
         result["reads"] = all(torch.equal(inside[name], saved[name]) for name in saved)
         result["buffers"] = all(torch.equal(inside[name], local[name]) for name in local)
     result["restored"] = same(state_of(engine), before)
-    result["average kept"] = same(average.state_dict()["weights"], saved) and same(average.local_state(), local)
+    result["average kept"] = same(whole(average)["weights"], saved) and same(average.local_state(), local)
     try:
         with average.applied():
             logits(model)
@@ -217,15 +227,15 @@ def resumed(stage: int, precision: str) -> bool:
     engine = engine_of(stage, precision)
     average = EMA(engine, DECAY)
     train(engine, average, range(3))
-    state, local = copy.deepcopy(average.state_dict()), average.local_state()
+    state, local = copy.deepcopy(whole(average)), average.local_state()
     fresh = EMA(engine, DECAY)
     fresh.load_state_dict(state)
     fresh.load_local_state(local)
-    good = same(fresh.state_dict()["weights"], state["weights"]) and same(fresh.local_state(), local)
+    good = same(whole(fresh)["weights"], state["weights"]) and same(fresh.local_state(), local)
     for step in range(3, 5):
         train(engine, average, range(step, step + 1))
         fresh.update()
-    good &= same(fresh.state_dict()["weights"], average.state_dict()["weights"])
+    good &= same(whole(fresh)["weights"], whole(average)["weights"])
     good &= same(fresh.local_state(), average.local_state()) and fresh.updates == average.updates == 5
     engine.destroy()
     return good
@@ -240,7 +250,7 @@ def saved_average(stage: int) -> dict[str, Any]:
     engine = engine_of(stage)
     average = EMA(engine, DECAY)
     train(engine, average, range(3))
-    state = average.state_dict()
+    state = whole(average)
     engine.destroy()
     return {"updates": state["updates"], "weights": {name: v.numpy() for name, v in state["weights"].items()}}
 
@@ -250,7 +260,7 @@ def taken_over(stage: int, state: dict[str, Any]) -> bool:
     average = EMA(engine, DECAY)
     weights = {name: torch.from_numpy(value) for name, value in state["weights"].items()}
     average.load_state_dict(state | {"weights": weights})
-    good = same(average.state_dict()["weights"], weights) and average.updates == 3
+    good = same(whole(average)["weights"], weights) and average.updates == 3
     engine.destroy()
     return good
 
@@ -265,7 +275,7 @@ def refusals() -> list[str]:
     messages = []
     engine = engine_of(1)
     average = EMA(engine, DECAY)
-    state = average.state_dict()
+    state = whole(average)
     for weights in (
         {name: v for name, v in state["weights"].items() if name != "conv.weight"},
         state["weights"] | {"conv.weight": torch.zeros(7, 3, 5, 5)},
@@ -324,10 +334,10 @@ def many_gathers() -> bool:
     engine = engine_of(1)
     average = EMA(engine, DECAY)
     train(engine, average, range(2))
-    together = average.state_dict()["weights"]
+    together = whole(average)["weights"]
     bound, ema._TOGETHER = ema._TOGETHER, 8
     try:
-        alone = average.state_dict()["weights"]
+        alone = whole(average)["weights"]
     finally:
         ema._TOGETHER = bound
     engine.destroy()

@@ -93,14 +93,19 @@ class EMA:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """`updates`, and `weights`: whole fp32 averages by name, on the CPU of every rank. Collective."""
+        """`updates`, and `weights`: whole fp32 averages by name, on the CPU of the first rank, which writes them; empty
+        on the others. Collective."""
         assert not self._in_use, "while the average is applied, the model's own state dict is the average"
-        weights = {piece.name: whole.to("cpu", copy=True) for piece, whole in self._whole()}
+        first, weights = dist.get_rank() == 0, {}
+        for piece, whole in self._whole():
+            if first:
+                weights[piece.name] = whole.to("cpu", copy=True)
         return {"updates": self.updates, "weights": weights}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take this rank's pieces of a `state_dict()`, which any number of ranks at any ZeRO stage may have written.
+        """Take this rank's pieces of the first rank's `state_dict()`, which every rank is given, from its file. Any
+        number of ranks at any ZeRO stage may have written it.
 
         Raises:
             ValueError: it is that of another model.

@@ -50,7 +50,7 @@ class Learner:
                 yield self.engine
 
     def state_dict(self) -> dict[str, Any]:
-        """What is equal on all ranks and no part of the engine's own checkpoint. Collective."""
+        """What all ranks share and no engine's own checkpoint holds; whole on the first, for its file. Collective."""
         return {} if self.average is None else {"average": self.average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
