@@ -23,10 +23,10 @@ from hetero_kt.distributed.launch import Ranks
 from hetero_kt.distributed.learner import Learner, build_learner
 from hetero_kt.methods import Method, distill, mergenet
 from hetero_kt.methods.fbt import FBT
-from hetero_kt.models.teacher import Frozen, build_teacher, weights_of
+from hetero_kt.models.teacher import RANDOM, Frozen, build_teacher, weights_of
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import AdapterConfig
-from hetero_kt.nn.stages import Stages, expose
+from hetero_kt.nn.stages import Stages, expose, split
 from hetero_kt.tasks import Task, classification, task_of
 from hetero_kt.trainer import write_safetensors
 
@@ -293,6 +293,35 @@ def _prepare_distill(
 
     added = {objective.name: parameters(aside)} if aside is not None else {}
     return Prepared(added, teachers, start)
+
+
+def check_pairs(recipe: Recipe, made_before: set[str]) -> None:
+    """Refuse, before anything trains, a student without stages and teachers whose weights will not be there.
+
+    Args:
+        made_before: recipes that will have run by then.
+
+    Raises:
+        ValueError: one sentence about the model or its weights.
+    """
+    method = recipe.method
+    if not isinstance(method, Distill) or method.objective == "none":
+        return
+    ((name, model),) = recipe.models.items()
+    pictures = recipe.data[model.data]
+    _split(f"--models.{name}.name", model.name, pictures, recipe.data_dir, pictures.image_size)
+    for teacher, config in method.teachers.items():
+        option = f"--method.teachers.{teacher}"
+        _split(f"{option}.name", config.name, pictures, recipe.data_dir, config.image_size or pictures.image_size)
+        if config.init not in ("", RANDOM) and config.init.removeprefix("run:") not in made_before:
+            weights_of(config.init, f"{option}.init", recipe.output_dir)
+
+
+def _split(option: str, name: str, pictures: Data, data_dir: str, size: int) -> None:
+    try:
+        split(models.build(name, data.classes(pictures, data_dir), image_size=size), size)
+    except ValueError as error:
+        raise ValueError(f"{option} {name}: {str(error).rstrip('.')}.") from error
 
 
 def _objective(method: Distill, student: Stages, teachers: Mapping[str, Frozen], classes: int) -> distill.Objective:

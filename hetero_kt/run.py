@@ -60,6 +60,9 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
     try:
         teachers = [(one, FRESH) for one in runs_before(recipe, options, variants)]
         wanted = [(one, options) for one in runs(recipe, options)]
+        with _agreed(ranks):  # hours of a teacher's training before a complaint about its student would be unkind
+            for one in {one.method.arm: one for one, _ in wanted}.values():
+                parts.check_pairs(one, {made.name for made, _ in teachers})
         finished = all(run(one, how, ranks, stop) for one, how in (*teachers, *wanted))
     except (UserError, Diverged) as error:
         # All ranks are here. After an error of one rank only, leaving the group would wait for the others.
@@ -132,10 +135,11 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
             trainer.resume(start_from)
         with _profiled(folder, options.profile and ranks.first) as trainer.after_step:
             done = trainer.fit()
-        if not done and ranks.first:
-            print(
-                f"stopped by a signal at step {trainer.step}, checkpoint written: the same command goes on", flush=True
-            )
+        if not done:
+            _left_out(ranks, train, test)
+            if ranks.first:
+                at = f"at step {trainer.step}, checkpoint written: the same command goes on"
+                print(f"stopped by a signal {at}", flush=True)
         if done:
             trainer.export()
             measured = {
@@ -143,10 +147,10 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
                 "added_parameters": prepared.parameters,
                 "teachers": parts.evaluate_teachers(recipe, prepared, test, ranks),
                 **method.measured(),
+                "left_out": _left_out(ranks, train, test),
                 "wall_seconds": round(time.perf_counter() - started, 1),
             }
             if ranks.first:
-                _say(train, test)
                 write_result(recipe, folder, trainer, measured)
         dist.barrier()
     finally:
@@ -205,10 +209,14 @@ def _announce(
             print(f"{name}: {dropped} samples an epoch are dropped: batch {loader.global_batch}", flush=True)
 
 
-def _say(train: Mapping[str, Loader], test: Mapping[str, Loader]) -> None:
-    """What the loaders left out."""
-    for notice in dict.fromkeys(n for loader in (*train.values(), *test.values()) for n in loader.notices()):
+def _left_out(ranks: Ranks, train: Mapping[str, Loader], test: Mapping[str, Loader]) -> list[str]:
+    """What the loaders of all ranks have left out since the start, said by the first rank. Collective."""
+    everybody: list[list[str]] = [[]] * ranks.world
+    dist.all_gather_object(everybody, [n for loader in (*train.values(), *test.values()) for n in loader.notices()])
+    notices = list(dict.fromkeys(notice for one in everybody for notice in one))
+    for notice in notices if ranks.first else ():
         print(notice, flush=True)
+    return notices
 
 
 @contextmanager

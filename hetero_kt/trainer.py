@@ -26,6 +26,8 @@ from hetero_kt.evaluate import averaged_buffers
 from hetero_kt.methods import Diverged, Method
 from hetero_kt.nn.reencode import plain_state_dict
 
+NOT_FINITE = 3
+"""Intervals of the log with a loss that is NaN or infinite after which a run is given up, without a checkpoint."""
 SIGNAL_EVERY = 10
 """Steps between two looks at signals, at most: ranks have to agree, which costs an all-reduce."""
 
@@ -78,7 +80,7 @@ class Trainer:
         """Train to the end; True when it was reached, False when a signal stopped the run (a checkpoint is written).
 
         Raises:
-            Diverged: after a checkpoint has been written.
+            Diverged: proposals were not finite (a checkpoint is written), or losses (none is).
         """
         recipe = self.recipe
         # A checkpoint may be older than its step's evaluation (a signal came first): a resumed run makes sure of it.
@@ -99,6 +101,7 @@ class Trainer:
                 saves = self._due(recipe.save_every)
                 if stops or saves or self._due(recipe.log_every):
                     self.log.write(self.step)  # a checkpoint's losses are in the log, so that none is told twice
+                    self._check_losses()
                 if stops:
                     self.save()
                     return False
@@ -117,6 +120,13 @@ class Trainer:
         self.step += 1
         self.log.add(self.step, scalars)
         self.after_step()
+
+    def _check_losses(self) -> None:
+        if self.log.not_finite >= NOT_FINITE:
+            raise Diverged(
+                f"losses were not finite in {NOT_FINITE} intervals of the log in a row: lower a learning rate, and go "
+                "on from the last checkpoint, which was written before."
+            )
 
     def evaluate_all(self) -> None:
         """Every model's metrics, with BatchNorm statistics averaged over ranks for the while."""
@@ -177,6 +187,7 @@ class _Log:
         self.sums: dict[str, tuple[Tensor, int]] = {}
         self.transfers: list[tuple[int, dict[str, Tensor]]] = []
         self.count = 0
+        self.not_finite = 0  # intervals in a row
         self.said = start  # the step of the last line where there is no terminal for a bar
         self.clock = time.perf_counter()
         self.name = name
@@ -237,6 +248,7 @@ class _Log:
         dist.all_reduce(losses)
         seconds = time.perf_counter() - self.clock
         values = dict(zip(names, (losses / self.ranks.world).tolist(), strict=True))
+        self.not_finite = 0 if all(map(math.isfinite, values.values())) else self.not_finite + 1
         for at, measured in self._measurements():
             if at < step:
                 self._record(at, measured)

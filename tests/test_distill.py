@@ -580,6 +580,56 @@ def test_each_rank_alone_refuses_an_unknown_recipe_to_train_first(ranks: Any, tm
         assert said.startswith(f"error: {who}--first digits_teachr is unknown: use digits_teacher")
 
 
+def test_a_teacher_trained_before_sees_the_students_pictures() -> None:
+    """Which there are, how large and which are held out; how many of them, in which batches, is its own matter."""
+    variants = load(LAUNCHER).VARIANTS
+    chosen = ["--variant", "digits", "--first", "digits_teacher", "--data.pictures.validation", "0.2"]
+    chosen += ["--data.pictures.image-size", "16", "--method.teachers.teacher.name", "cifar:convnext_tiny"]
+    recipe, how = options.resolve(variants, chosen)
+    (before,) = options.runs_before(recipe, how, variants)
+    assert before.models["teacher"].name == "cifar:convnext_tiny"
+    pictures = before.data["pictures"]
+    assert (pictures.validation, pictures.image_size, pictures.per_class) == (0.2, 16, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--first", "digits_teacher", "--models.student.name", "timm:vgg11"], ("--models.student.name timm:vgg11",)),
+        (["--control", "none", "--compare", "fbt"], ("--method.teachers.teacher.init", "train that model first")),
+    ],
+    ids=["a student without stages", "no teacher for a later arm"],
+)
+def test_nothing_trains_before_all_of_it_can(
+    ranks: Any, tmp_path: Path, arguments: list[str], words: tuple[str, ...]
+) -> None:
+    ((status, _, said),) = ranks(1).run(start, ["--output-dir", str(tmp_path / "runs"), *arguments])
+    assert status == 2
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_whose_losses_are_lost_ends_without_another_checkpoint(ranks: Any, tmp_path: Path) -> None:
+    base = tiny.distillation(tmp_path, 1, steps=8, save_every=1, keep=9)
+    base = tiny.with_student(base, optim=Optim("sgd", lr=1e30))
+    (end,) = tiny.train(ranks(1), base)
+    assert "not finite in 3 intervals of the log in a row" in end["diverged"]
+    folder = run_folder(base)
+    assert not (folder / "result.json").exists()
+    assert not (folder / "export").exists()
+    bad = [line["step"] for line in tiny.lines(folder) if line.get("total_loss", 0.0) is None]
+    assert len(bad) == 3
+    assert not (folder / "checkpoints" / str(bad[-1])).exists()
+
+
+def test_debug_trains_at_full_rate_from_the_first_step() -> None:
+    for variant, rate in (("default", 0.1), ("tokens", 5e-4)):
+        recipe, _ = options.resolve(load(LAUNCHER).VARIANTS, ["--variant", variant, "--debug"])
+        assert recipe.models["student"].schedule.warmup == 0
+        assert recipe.models["student"].optim.lr == rate
+
+
 def test_the_same_input_without_a_mistake_reaches_the_first_engine(ranks: Any, tmp_path: Path) -> None:
     found = ranks(2).run(start, ["--output-dir", str(tmp_path), *FRESH])
     assert [status for status, _, _ in found] == ["an engine was started"] * 2

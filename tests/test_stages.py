@@ -222,6 +222,23 @@ def test_a_tail_is_stage_4_and_head_by_hand(case: Any) -> None:
     assert same([last["tail_pooled"], last["tail_logits"]], [pooled, logits])
 
 
+def test_another_models_tail_leaves_no_trace_in_training(case: Any) -> None:
+    """Statistics that the model is evaluated with are of its own features; several tails are as each alone."""
+    _, model, stages, x = case
+    plain, layout = copy.deepcopy(model), stages.layouts[2]
+    tails = [from_map(torch.randn(3, layout.channels, *layout.grid), layout) for _ in range(2)]
+    with torch.no_grad():
+        for one, more in ((plain.train(), {}), (model.train(), {"tail": tails})):
+            torch.manual_seed(1)
+            one(x, features=True, **more)
+        assert same(dict(plain.named_buffers()).values(), dict(model.named_buffers()).values())
+        model.eval()
+        ends = model(tail=tails)
+        alone = [model(tail=tail) for tail in tails]
+    assert same(ends["tail_logits"], [end["tail_logits"] for end in alone])
+    assert same(ends["tail_pooled"], [end["tail_pooled"] for end in alone])
+
+
 def test_splitting_leaves_no_trace(case: Any) -> None:
     plain, _, _, x = case
     model = plain.train()

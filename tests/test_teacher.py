@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetero_kt import models
-from hetero_kt.config import Teacher
+from hetero_kt.config import Data, Distill, Model, Recipe, Teacher, to_yaml
 from hetero_kt.models.teacher import RANDOM, Frozen, build_teacher
 from hetero_kt.nn.stages import expose
 
@@ -224,6 +224,20 @@ def unfinished(folder: Path) -> None:
     (folder / "known" / "none" / "seed0" / "checkpoints").mkdir(parents=True)
 
 
+def cut_short(folder: Path) -> None:
+    """What --max-steps leaves behind: an export and a result of too few steps."""
+    run = folder / "known" / "none" / "seed0"
+    export(run, "teacher")
+    recipe = Recipe("known", {"teacher": Model("cifar:resnet_tiny", "d")}, {"d": Data("generated")}, Distill({}), 10)
+    (run / "recipe.yaml").write_text(to_yaml(recipe))
+    (run / "result.json").write_text('{"steps": 4}')
+
+
+def still_running(folder: Path) -> None:
+    cut_short(folder)
+    (folder / "known" / "none" / "seed0" / "result.json").unlink()
+
+
 def other_model(folder: Path) -> None:
     export(folder / "known", "teacher", name="cifar:mobilenetv2_tiny")
 
@@ -249,6 +263,8 @@ BAD: dict[str, tuple[Callable[[Path], None], str, tuple[str, ...]]] = {
     "no file": (nothing, "{out}/none.safetensors", (f"{OPTION}.init", "none.safetensors", "does not exist")),
     "no run": (nothing, "run:known", (f"{OPTION}.init run:known", "does not exist", "train that model first")),
     "unfinished": (unfinished, "run:known", (f"{OPTION}.init run:known", "has finished", "let it end first")),
+    "cut short": (cut_short, "run:known", (f"{OPTION}.init run:known", "has finished", "let it end first")),
+    "still running": (still_running, "run:known", (f"{OPTION}.init run:known", "has finished", "let it end first")),
     "several": (several, "run:known", (f"{OPTION}.init run:known", "2 models", "teacher.safetensors for example")),
     "another model": (other_model, "run:known", ("init", "another model's", "conv1.weight is missing")),
     "other classes": (other_classes, "run:known", ("init", "fc.weight is 7x96, not 10x96")),
