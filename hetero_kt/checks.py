@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hetero_kt.config import Data, Distill, Model, Recipe, Teacher, Transfer, nearest
+from hetero_kt.config import Data, Distill, Model, Optim, Recipe, Schedule, Teacher, Transfer, nearest
 from hetero_kt.models import known
 
 SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
@@ -15,6 +16,9 @@ SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
 TEXTS = ("squad", "imdb", "pretraining")
 BERTS = ("bert", "distilbert", "hf")
 """Families of models that read them."""
+
+ASIDE = ("fused", "branches", "projections")
+"""What objectives of distillation train beside the student, as it is logged."""
 
 BELONGS_ELSEWHERE = {
     "train_batch_size": "--data.NAME.batch",
@@ -61,6 +65,11 @@ def check(recipe: Recipe, world: int = 1) -> None:
             raise ValueError(
                 f"--models.{name}.steps {model.steps} is more than the run's --steps {recipe.steps}: raise those."
             )
+        if model.schedule.warmup > (budget := recipe.budget(name)):
+            raise ValueError(
+                f"--models.{name}.schedule.warmup {model.schedule.warmup} is longer than the {budget} steps that it "
+                "trains for: use fewer, or 0."
+            )
     if all(0 < model.steps < recipe.steps for model in recipe.models.values()):
         raise ValueError(f"--steps {recipe.steps} is more than any model trains for: lower it to the longest.")
     if isinstance(recipe.method, Distill):
@@ -85,8 +94,7 @@ def _check_data(name: str, data: Data, world: int) -> None:
     if data.name == "shards" and not data.folder:
         raise ValueError(f"{option}.folder is empty: name what hetero-kt shards has written.")
     for field, value in (("mixup", data.mix.mixup), ("cutmix", data.mix.cutmix)):
-        if value < 0:
-            raise ValueError(f"{option}.mix.{field} {value} is negative: use 0 or more.")
+        _not_negative(f"{option}.mix.{field}", value)
     for field, value in (
         ("mix.probability", data.mix.probability),
         ("transform.erasing", data.transform.erasing),
@@ -126,16 +134,10 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
             f"{option}.micro-batch {model.micro_batch} does not divide a rank's {share} rows: "
             f"use {largest_divisor(share, model.micro_batch)}."
         )
-    if model.optim.lr < 0:
-        raise ValueError(f"{option}.optim.lr {model.optim.lr} is negative: use 0 or more.")
+    _check_rates(option, model.optim, model.schedule)
     for field, value in (("label-smoothing", model.label_smoothing), ("ema", model.ema)):
         if not 0 <= value < 1:
             raise ValueError(f"{option}.{field} {value} is out of range: use at least 0 and less than 1.")
-    if any(not 0 <= m <= 1 for m in model.schedule.milestones):
-        raise ValueError(
-            f"{option}.schedule.milestones {_listed(model.schedule.milestones)} are fractions of the run: "
-            "use numbers from 0 to 1."
-        )
     if model.pretrained and model.init:
         raise ValueError(f"{option}.pretrained and {option}.init both say where to start: give one of them.")
     stage = zero_block(model.zero, f"{option}.zero")["stage"]
@@ -146,10 +148,31 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
         )
 
 
+def _check_rates(option: str, optim: Optim, schedule: Schedule) -> None:
+    for field, value in (
+        ("optim.lr", optim.lr),
+        ("optim.momentum", optim.momentum),
+        ("optim.weight-decay", optim.weight_decay),
+        ("optim.clip", optim.clip),
+        ("schedule.gamma", schedule.gamma),
+        ("schedule.warmup-lr", schedule.warmup_lr),
+        ("schedule.min-lr", schedule.min_lr),
+    ):
+        _not_negative(f"{option}.{field}", value)
+    _at_least(f"{option}.schedule.warmup", schedule.warmup, 0)
+    if any(not 0 <= m <= 1 for m in schedule.milestones):
+        raise ValueError(
+            f"{option}.schedule.milestones {_listed(schedule.milestones)} are fractions of the run: "
+            "use numbers from 0 to 1."
+        )
+
+
 def _check_distill(recipe: Recipe, method: Distill) -> None:
     if len(recipe.models) != 1:
         raise ValueError(f"--models has {len(recipe.models)} entries: distillation trains one student.")
     ((name, student),) = recipe.models.items()
+    if name in ASIDE:
+        raise ValueError(f"--models.{name}: what is trained aside is called so: give the student another name.")
     if recipe.data[student.data].name in TEXTS:
         raise ValueError(f"--models.{name}.data {student.data} holds texts: distillation is for pictures.")
     if method.objective == "none":
@@ -158,6 +181,13 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
         raise ValueError(f"--method.teachers is empty: objective {method.objective} needs a teacher.")
     for teacher, config in method.teachers.items():
         _check_teacher(f"--method.teachers.{teacher}", teacher, config, name)
+        # How one of several teachers' fused model is logged.
+        if (fused := f"fused_{teacher}") == name:
+            raise ValueError(f"--models.{name}: teacher {teacher}'s fused model is called so: give another name.")
+        if fused in method.teachers:
+            raise ValueError(
+                f"--method.teachers.{fused}: teacher {teacher}'s fused model is called so: give another name."
+            )
     if method.objective != "kd" and zero_block(student.zero, f"--models.{name}.zero")["stage"] == 0:
         raise ValueError(
             f"--models.{name}.zero {student.zero} is stage 0, under which DeepSpeed takes no backward through several "
@@ -168,8 +198,14 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
         ("ofa.gamma", method.ofa.gamma),
         ("fbt.gamma", method.fbt.gamma),
     ):
-        if value <= 0:
+        if not value > 0:  # NaN neither
             raise ValueError(f"--method.{option} {value} is not positive: use 1, for example.")
+    for option, value in (
+        ("kd.weight", method.kd.weight),
+        ("ofa.weight", method.ofa.weight),
+        ("fitnet.weight", method.fitnet.weight),
+    ):
+        _not_negative(f"--method.{option}", value)
     if not method.fbt.terms:
         raise ValueError("--method.fbt.terms is empty: name at least one, or use --control none.")
 
@@ -183,7 +219,7 @@ def _check_teacher(option: str, name: str, teacher: Teacher, student: str) -> No
         raise ValueError(f"{option}.pretrained and {option}.init both say where its weights are: give one of them.")
     _at_least(f"{option}.image-size", teacher.image_size, 0)
     for field, values in (("mean", teacher.mean), ("std", teacher.std)):
-        if len(values) not in (0, 3) or (field == "std" and any(value <= 0 for value in values)):
+        if len(values) not in (0, 3) or (field == "std" and not all(value > 0 for value in values)):
             raise ValueError(f"{option}.{field} {_listed(values)} are not three channels' values: give three.")
     if teacher.zero and zero_block(teacher.zero, f"{option}.zero")["stage"] != 3:
         raise ValueError(f"{option}.zero {teacher.zero} is not stage 3: only that keeps a frozen model in pieces.")
@@ -202,6 +238,7 @@ def _check_transfer(option: str, transfer: Transfer, models: Mapping[str, Model]
     _at_least(f"{option}.cycle", transfer.cycle, 1)
     _at_least(f"{option}.rank", transfer.rank, 1)
     _at_least(f"{option}.source-rank", transfer.source_rank, 0)
+    _check_rates(option, transfer.optim, transfer.schedule)
     _at_least(f"{option}.adapter.layers", transfer.adapter.layers, 1)
     _at_least(f"{option}.adapter.heads", transfer.adapter.heads, 1)
     if not -1 < transfer.adapter.first_gate() < 1:
@@ -284,6 +321,11 @@ def zero_block(path: str, option: str = "--zero-config") -> dict[str, Any]:
 def _at_least(option: str, number: int, least: int) -> None:
     if number < least:
         raise ValueError(f"{option} {number} is too small: use {least} or more.")
+
+
+def _not_negative(option: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{option} {value} is {'no number' if math.isnan(value) else 'negative'}: use 0 or more.")
 
 
 def largest_divisor(number: int, limit: int) -> int:

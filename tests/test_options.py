@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_kt import checks, config, debug, options
-from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
+from hetero_kt.config import Data, Distill, MergeNet, Model, Optim, Recipe, Schedule, Teacher, Transfer
 from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.options import Options
 
@@ -414,7 +414,85 @@ def test_wrong_recipes_are_one_sentence(wrong: Recipe, world: int, message: str 
         assert str(error.value) == message
 
 
+def distilled(student: str = "student", teachers: tuple[str, ...] = ("teacher",), **method: Any) -> Recipe:
+    models = {student: Model("cifar:resnet_tiny", "d")}
+    known = {name: Teacher("cifar:vit_tiny") for name in teachers}
+    return Recipe("pair", models, {"d": Data("generated")}, Distill(known, **method), steps=4)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+@pytest.mark.parametrize("field", ["lr", "momentum", "weight_decay", "clip", "gamma", "warmup_lr", "min_lr"])
+def test_rates_are_neither_negative_nor_nan(field: str, value: float) -> None:
+    kind: Any = Optim if hasattr(Optim(), field) else Schedule
+    part = kind.__name__.lower()
+    problem = "negative" if value < 0 else "no number"
+    changes = {part: kind(**{field: value})}
+    for option, wrong in (("--models.resnet50", with_model(**changes)), (TO, with_transfer(**changes))):
+        with pytest.raises(ValueError) as error:
+            checks.check(wrong)
+        assert str(error.value) == f"{option}.{part}.{field.replace('_', '-')} {value} is {problem}: use 0 or more."
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+@pytest.mark.parametrize(
+    ("option", "settings", "mend"),
+    [
+        ("kd.temperature", config.KD, "use 1, for example"),
+        ("kd.weight", config.KD, "use 0 or more"),
+        ("ofa.gamma", config.OFA, "use 1, for example"),
+        ("ofa.weight", config.OFA, "use 0 or more"),
+        ("fitnet.weight", config.FitNet, "use 0 or more"),
+        ("fbt.gamma", config.FBT, "use 1, for example"),
+    ],
+)
+def test_settings_of_objectives_are_neither_negative_nor_nan(
+    option: str, settings: Any, mend: str, value: float
+) -> None:
+    part, field = option.split(".")
+    with pytest.raises(ValueError) as error:
+        checks.check(distilled(**{part: settings(**{field: value})}))
+    assert str(error.value).startswith(f"--method.{option} {value} is ")
+    assert str(error.value).endswith(f": {mend}.")
+    assert one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (distilled("fused"), "--models.fused"),
+        (distilled("branches", objective="ofa"), "--models.branches"),
+        (distilled("projections", objective="fitnet"), "--models.projections"),
+        (distilled("fused_x", ("x", "y")), "--models.fused_x"),
+        (distilled(teachers=("x", "fused_x")), "--method.teachers.fused_x"),
+        (distilled(teachers=("fused_x", "x")), "--method.teachers.fused_x"),
+        (distilled(teachers=("fused",)), "--method.teachers.fused"),
+    ],
+)
+def test_names_that_would_be_logged_twice_are_refused(wrong: Recipe, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{named}: .* another name") as error:
+        checks.check(wrong)
+    assert one_sentence(str(error.value))
+
+
+def test_a_warm_up_fits_into_what_its_model_trains_for() -> None:
+    schedule = Schedule("cosine", warmup=7)
+    checks.check(replace(with_model(schedule=schedule), steps=7))
+    for wrong, budget in (
+        (replace(with_model(schedule=schedule), steps=6), 6),
+        (with_model(schedule=schedule, steps=5), 5),
+    ):
+        with pytest.raises(ValueError) as error:
+            checks.check(wrong)
+        assert str(error.value) == (
+            f"--models.resnet50.schedule.warmup 7 is longer than the {budget} steps that it trains for: "
+            "use fewer, or 0."
+        )
+    with pytest.raises(ValueError, match=r"^--models.resnet50.schedule.warmup -1 is too small: use 0 or more\.$"):
+        checks.check(with_model(schedule=Schedule(warmup=-1)))
+
+
 def test_good_recipes_pass() -> None:
+    checks.check(distilled(teachers=("x", "y")))
     checks.check(recipe(), world=4)
     checks.check(with_model(micro_batch=32), world=2)
     checks.check(with_model(zero="ds_configs/zero0.json", precision="autocast"))

@@ -242,6 +242,7 @@ def test_a_launcher_trains_on_real_cifar100(real_data: Path, tmp_path: Path) -> 
     launcher = Path(__file__).parents[1] / "launchers" / "cifar_mergenet.py"
     command = [sys.executable, str(launcher), "--variant", "cpu", "--output-dir", str(tmp_path)]
     small = ["--data-dir", str(real_data / "mini"), "--data.cifar100.batch", "20", "--steps", "5", "--eval-every", "5"]
+    small += [f"--models.{name}.schedule.warmup=0" for name in ("resnet", "mobilenetv2")]
     subprocess.run([*command, *small], check=True, capture_output=True, text=True, timeout=200)
     result = json.loads((tmp_path / "cifar_mergenet_cpu" / "transfer" / "seed0" / "result.json").read_text())
     assert result["steps"] == 5

@@ -518,6 +518,7 @@ def test_a_run_over_a_damaged_picture_ends_in_one_sentence_or_counts_it(tmp_path
     shard.write_bytes(content)
     launcher = Path(__file__).resolve().parents[1] / "launchers" / "imagenet_fbt.py"
     options = ["--data.pictures.workers", "0", "--data-dir", "data", "--data.pictures.batch", "8", "--steps", "3"]
+    options += ["--models.teacher.schedule.warmup", "0"]
     command = [sys.executable, str(launcher), "--variant", "tiny_teacher", *options]
 
     def start(*more: str) -> subprocess.CompletedProcess:

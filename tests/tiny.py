@@ -52,7 +52,7 @@ def recipe(folder: Path, stage: int = 1, control: Control = "transfer", **change
     zero = folder / f"zero{stage}.json"
     folder.mkdir(parents=True, exist_ok=True)
     zero.write_text(json.dumps({"stage": stage, "stage3_param_persistence_threshold": 0}))
-    schedule = Schedule("cosine", warmup=2)
+    schedule = Schedule("cosine", warmup=min(2, changes.get("steps", STEPS)))
     sgd = Optim("sgd", lr=0.05)
     adamw = Optim("adamw", lr=1e-2, weight_decay=1e-2, clip=1.0)
     made = {
