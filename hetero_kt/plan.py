@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class ModelCost:
     gradient_bytes: int
     optimizer_bytes: int
     """fp32 master copy and moments."""
+    average_bytes: int
+    """Of the weights' moving average, in fp32; 0 where the recipe keeps none."""
     sent_bytes: int
     """What ZeRO moves per step and rank: 2 P (w-1)/w at stages 1 and 2, 3 P (w-1)/w at stage 3 (Rajbhandari 2020)."""
 
@@ -44,18 +47,45 @@ class ModelCost:
 def model_cost(module: nn.Module, model: Model, pictures: Data, world: int) -> ModelCost:
     """Cost of `module` (plain, on the CPU) trained as `model` says on `world` ranks; one sample is a picture, or a
     text of the greatest length."""
+    return _cost(module, _macs(module, _sample(pictures)), model, world)
+
+
+def _cost(module: nn.Module, macs: int, model: Model, world: int) -> ModelCost:
     stage = zero_block(model.zero)["stage"]
     width = 2 if model.precision == "bf16" else 4
     count = sum(p.numel() for p in module.parameters())
-    states = 4 * count * (1 + MOMENTS[model.optim.name])
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    master = 4 * trained // (world if stage >= 1 else 1)
+    moments = master * MOMENTS[model.optim.name]
     return ModelCost(
         parameters=count,
-        macs=_macs(module, _sample(pictures)),
+        macs=macs,
         weight_bytes=width * count // (world if stage == 3 else 1),
-        gradient_bytes=width * count // (world if stage >= 2 else 1),
-        optimizer_bytes=states // (world if stage >= 1 else 1) if stage else states - 4 * count,
-        sent_bytes=width * count * (3 if stage == 3 else 2) * (world - 1) // world,
+        gradient_bytes=width * trained // (world if stage >= 2 else 1),
+        optimizer_bytes=master + moments if stage else moments,
+        average_bytes=master if model.ema else 0,
+        sent_bytes=width * (2 * count + trained if stage == 3 else 2 * trained) * (world - 1) // world,
     )
+
+
+def aside_cost(
+    recipe: Recipe, ours: Stages, teachers: Mapping[str, Stages], world: int
+) -> tuple[str, ModelCost] | None:
+    """Name and cost of what distillation trains beside the student `ours` and drops afterwards, without its operations;
+    None where there is nothing.
+
+    Raises:
+        ValueError: an objective that does not suit these models.
+    """
+    assert isinstance(recipe.method, Distill)
+    ((_, model),) = recipe.models.items()
+    classes = data.classes(recipe.data[model.data], recipe.data_dir)
+    # Of a teacher, objectives look at the stages alone until they are called.
+    known: Any = {name: SimpleNamespace(stages=stages) for name, stages in teachers.items()}
+    objective = parts._objective(recipe.method, ours, known, classes)
+    if objective.aside is None:
+        return None
+    return objective.name, _cost(objective.aside, 0, replace(model, ema=0.0), world)
 
 
 @dataclass(frozen=True)
@@ -112,13 +142,9 @@ def connection(recipe: Recipe, teacher: str, student: nn.Module) -> Connection:
         ValueError: a model that has no stages.
     """
     assert isinstance(recipe.method, Distill)
-    ((name, model),) = recipe.models.items()
-    pictures, known = recipe.data[model.data], recipe.method.teachers[teacher]
-    size = known.image_size or pictures.image_size
-    classes = data.classes(pictures, recipe.data_dir)
-    theirs = _staged(f"--method.teachers.{teacher}.name", models.build(known.name, classes, image_size=size), size)
-    ours = _staged(f"--models.{name}.name", student, pictures.image_size)
-    return additions(ours, theirs, recipe.method.fbt, classes)
+    ((_, model),) = recipe.models.items()
+    classes = data.classes(recipe.data[model.data], recipe.data_dir)
+    return additions(_student(recipe, student), _teacher(recipe, recipe.method, teacher), recipe.method.fbt, classes)
 
 
 def additions(ours: Stages, theirs: Stages, settings: config.FBT, classes: int) -> Connection:
@@ -135,6 +161,19 @@ def additions(ours: Stages, theirs: Stages, settings: config.FBT, classes: int) 
         sum(p.numel() for p in branches.parameters()),
         _macs(branches, features),
     )
+
+
+def _student(recipe: Recipe, module: nn.Module) -> Stages:
+    ((name, model),) = recipe.models.items()
+    return _staged(f"--models.{name}.name", module, recipe.data[model.data].image_size)
+
+
+def _teacher(recipe: Recipe, method: Distill, name: str) -> Stages:
+    ((_, model),) = recipe.models.items()
+    pictures, teacher = recipe.data[model.data], method.teachers[name]
+    size = teacher.image_size or pictures.image_size
+    module = models.build(teacher.name, data.classes(pictures, recipe.data_dir), image_size=size)
+    return _staged(f"--method.teachers.{name}.name", module, size)
 
 
 def _staged(option: str, module: nn.Module, size: int) -> Stages:
@@ -176,36 +215,49 @@ def show(recipe: Recipe, world: int) -> None:
         name: parts.build_model(replace(m, init="", pretrained=False), recipe.data[m.data], recipe.data_dir)
         for name, m in recipe.models.items()
     }
-    console = Console(highlight=False, width=110)
-    console.print(_models_table(recipe, modules, world))
-    if isinstance(recipe.method, MergeNet):
-        console.print(_transfers_table(recipe, recipe.method, modules))
-    else:
-        for table in _teachers_tables(recipe, recipe.method, modules, world):
-            console.print(table)
+    console = Console(highlight=False, width=120)
+    method, aside, tables = recipe.method, None, []
+    if isinstance(method, MergeNet):
+        if method.transfers:
+            tables.append(_transfers_table(recipe, method, modules))
+    elif method.objective != "none":  # else no teacher is there
+        ((_, student),) = modules.items()
+        ours = _student(recipe, student)
+        teachers = {name: _teacher(recipe, method, name) for name in method.teachers}
+        aside = aside_cost(recipe, ours, teachers, world)
+        tables.append(_teachers_table(recipe, method, teachers, world))
+        # The other objectives add neither, and Table 6 compares these two.
+        if method.objective in ("fbt", "ofa"):
+            tables.append(_additions_table(recipe, method, ours, teachers))
+    for table in (_models_table(recipe, modules, world, aside), *tables):
+        console.print(table)
 
 
-def _models_table(recipe: Recipe, modules: dict[str, nn.Module], world: int) -> Table:
+def _models_table(
+    recipe: Recipe, modules: dict[str, nn.Module], world: int, aside: tuple[str, ModelCost] | None
+) -> Table:
+    averaged = any(model.ema for model in recipe.models.values())
+    headings = ["model", "ZeRO", "parameters", "MACs / sample", "weights", "gradients", "optimizer"]
     table = Table(title=f"{recipe.name} on {world} rank(s): memory per rank without activations")
-    for heading in (
-        "model",
-        "ZeRO",
-        "parameters",
-        "MACs / sample",
-        "weights",
-        "gradients",
-        "optimizer",
-        "sent / step",
-    ):
+    for heading in (*headings, *(["average"] if averaged else []), "sent / step"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
-    for name, model in recipe.models.items():
-        cost = model_cost(modules[name], model, recipe.data[model.data], world)
+    rows = [
+        (name, model, model_cost(modules[name], model, recipe.data[model.data], world))
+        for name, model in recipe.models.items()
+    ]
+    if aside is not None:
+        ((_, model),) = recipe.models.items()
+        rows.append((f"{aside[0]} (aside)", model, aside[1]))
+    for name, model, cost in rows:
+        memory = [cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes]
+        if averaged:
+            memory.append(cost.average_bytes)
         table.add_row(
             name,
             str(zero_block(model.zero)["stage"]),
             _millions(cost.parameters),
-            _billions(cost.macs),
-            *(_bytes(b) for b in (cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes, cost.sent_bytes)),
+            _billions(cost.macs) if cost.macs else "",
+            *(_bytes(b) for b in (*memory, cost.sent_bytes)),
         )
     return table
 
@@ -228,16 +280,14 @@ def _transfers_table(recipe: Recipe, method: MergeNet, modules: dict[str, nn.Mod
     return table
 
 
-def _teachers_tables(recipe: Recipe, method: Distill, modules: dict[str, nn.Module], world: int) -> Iterator[Table]:
-    ((_, student),) = modules.items()
+def _teachers_table(recipe: Recipe, method: Distill, teachers: Mapping[str, Stages], world: int) -> Table:
     ((_, model),) = recipe.models.items()
-    pictures = recipe.data[model.data]
     table = Table(title="frozen teachers: no gradients, no optimizer")
     for heading in ("teacher", "kept", "parameters", "MACs / sample", "weights"):
         table.add_column(heading, justify="left" if heading in ("teacher", "kept") else "right")
     for name, teacher in method.teachers.items():
-        size = teacher.image_size or pictures.image_size
-        module = models.build(teacher.name, data.classes(pictures, recipe.data_dir), image_size=size)
+        size = teacher.image_size or recipe.data[model.data].image_size
+        module = teachers[name].model
         count = sum(p.numel() for p in module.parameters())
         table.add_row(
             name,
@@ -246,12 +296,17 @@ def _teachers_tables(recipe: Recipe, method: Distill, modules: dict[str, nn.Modu
             _billions(_macs(module, torch.zeros(1, 3, size, size))),
             _bytes(4 * count / (world if teacher.zero else 1)),
         )
-    yield table
+    return table
+
+
+def _additions_table(recipe: Recipe, method: Distill, ours: Stages, teachers: Mapping[str, Stages]) -> Table:
+    ((_, model),) = recipe.models.items()
+    classes = data.classes(recipe.data[model.data], recipe.data_dir)
     table = Table(title="what training adds to the student, and drops afterwards (appendix, Table 6)")
     for heading in ("teacher", "fused model", "L2G", "MACs", "OFA's branches", "their MACs"):
         table.add_column(heading, justify="left" if heading in ("teacher", "fused model") else "right")
-    for name in method.teachers:
-        found = connection(recipe, name, student)
+    for name, theirs in teachers.items():
+        found = additions(ours, theirs, method.fbt, classes)
         table.add_row(
             name,
             found.way,
@@ -260,7 +315,7 @@ def _teachers_tables(recipe: Recipe, method: Distill, modules: dict[str, nn.Modu
             _millions(found.branches),
             _billions(found.branch_macs),
         )
-    yield table
+    return table
 
 
 def _millions(number: int) -> str:

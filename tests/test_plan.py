@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ import torch.distributed as dist
 from small import zero
 from test_launchers import LAUNCHERS, load
 
-from hetero_kt import models, parts, plan
+from hetero_kt import data, models, parts, plan
 from hetero_kt import run as running
-from hetero_kt.config import Data, Distill, MergeNet, Model, Optim, Recipe, Teacher, Transfer
+from hetero_kt.config import FBT, Data, Distill, FitNet, MergeNet, Model, Optim, Recipe, Teacher, Transfer
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.launch import Ranks
+from hetero_kt.nn.stages import Stages, split
 from hetero_kt.options import without_local_rank
 from hetero_kt.tasks import classification
 
@@ -53,6 +55,9 @@ def test_zero_stages_divide_what_they_should(
     module = models.build("cifar:resnet_tiny", 10)
     model = Model("cifar:resnet_tiny", "d", optim=Optim(name="sgd"), zero=f"ds_configs/zero{stage}.json")
     cost = plan.model_cost(module, model, Data("generated"), world=4)
+    assert cost.average_bytes == 0
+    averaged = plan.model_cost(module, replace(model, ema=0.9, precision="bf16"), Data("generated"), world=4)
+    assert averaged.average_bytes == 4 * cost.parameters // (4 if stage else 1)
     count = cost.parameters
     got = [cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes, cost.sent_bytes]
     assert [b / count for b in got] == pytest.approx([weights, gradients, states, sent], rel=1e-3)
@@ -114,7 +119,7 @@ def test_the_plan_of_a_distillation_prints_teachers_and_what_training_adds(
     launcher = next(path for path in LAUNCHERS if path.stem == "cifar_fbt")
     arguments = [
         *("--plan", "--models.student.name", "timm:resnet18", "--data.pictures.name", "generated"),
-        *("--method.teachers.teacher.name", "timm:deit_tiny_patch16_224"),
+        *("--method.teachers.teacher.name", "timm:deit_tiny_patch16_224", "--models.student.ema", "0.9"),
     ]
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -122,8 +127,69 @@ def test_the_plan_of_a_distillation_prints_teachers_and_what_training_adds(
     monkeypatch.setattr(launch, "start", None)
     running.main(load(launcher).VARIANTS)
     printed = capsys.readouterr().out
-    for word in ("frozen teachers", "Table 6", "student 1-3 -> L2G -> teacher 4", "0.38M", "0.075G", "OFA", "5.54M"):
+    for word in (
+        "frozen teachers",
+        "Table 6",
+        "student 1-3 -> L2G -> teacher 4",
+        "0.38M",
+        "0.075G",
+        "OFA",
+        "5.54M",
+        "fused (aside)",
+        "average",
+    ):
         assert word in printed, printed
+
+
+def pair(objective: Any, **settings: Any) -> Recipe:
+    student = Model("cifar:resnet_tiny", "d", optim=Optim(name="adamw"), zero="ds_configs/zero2.json", ema=0.9)
+    method = Distill({"t": Teacher("cifar:vit_tiny"), "u": Teacher("cifar:mixer_tiny")}, objective, **settings)
+    return Recipe("planned", {"student": student}, {"d": Data("generated", batch=8)}, method, steps=1)
+
+
+def staged(name: str) -> Stages:
+    return split(models.build(name, GENERATED), 32)
+
+
+GENERATED = data.classes(Data("generated"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [("fbt", {"fbt": FBT(pair="ofa")}), ("ofa", {}), ("fitnet", {"fitnet": FitNet("pooled")}), ("kd", {})],
+)
+def test_what_is_trained_aside_costs_gradients_and_moments_and_has_no_average(objective: Any, settings: Any) -> None:
+    one = pair(objective, **settings)
+    assert isinstance(one.method, Distill)
+    ours = staged("cifar:resnet_tiny")
+    teachers = {name: staged(teacher.name) for name, teacher in one.method.teachers.items()}
+    found = plan.aside_cost(one, ours, teachers, world=4)
+    if objective == "kd":
+        assert found is None
+        return
+    assert found is not None
+    each = [plan.additions(ours, theirs, one.method.fbt, GENERATED) for theirs in teachers.values()]
+    count = {
+        "fbt": sum(connection.parameters for connection in each),
+        "ofa": max(connection.branches for connection in each),
+        "fitnet": sum((ours.width + 1) * theirs.width for theirs in teachers.values()),
+    }[objective]
+    name, cost = found
+    assert name == {"fbt": "fused", "ofa": "branches", "fitnet": "projections"}[objective]
+    assert (cost.parameters, cost.weight_bytes, cost.gradient_bytes) == (count, 4 * count, count)
+    assert cost.optimizer_bytes == pytest.approx(3 * count, rel=1e-3), "a master copy and two moments, over four ranks"
+    assert cost.average_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "shown"), [("none", []), ("kd", ["frozen"]), ("fbt", ["frozen", "Table 6", "fused (aside)"])]
+)
+def test_a_plan_prints_no_table_of_what_is_not_there(objective: Any, shown: list[str], capsys: Any) -> None:
+    plan.show(pair(objective), 2)
+    printed = capsys.readouterr().out
+    assert [word for word in ("frozen", "Table 6", "fused (aside)", "transfers") if word in printed] == shown
+    plan.show(replace(recipe("full"), method=MergeNet({})), 2)
+    assert "transfers" not in capsys.readouterr().out
 
 
 def test_a_plan_of_a_pair_that_cannot_be_fused_names_the_option() -> None:
