@@ -278,7 +278,7 @@ def _prepare_distill(
                 autocast=model.precision != "fp32",
             )
     seed_by_name(recipe, method.objective)
-    objective = _objective(method, stages, teachers, train[model.data].classes)
+    objective = build_objective(method, stages, teachers, train[model.data].classes)
     aside = objective.aside.to(ranks.device) if objective.aside is not None else None
     if aside is not None:
         _check_precision(f"--models.{name}.precision", model.precision, aside, f"{method.objective}'s {objective.name}")
@@ -324,7 +324,7 @@ def _split(option: str, name: str, pictures: Data, data_dir: str, size: int) -> 
         raise ValueError(f"{option} {name}: {str(error).rstrip('.')}.") from error
 
 
-def _objective(method: Distill, student: Stages, teachers: Mapping[str, Frozen], classes: int) -> distill.Objective:
+def build_objective(method: Distill, student: Stages, teachers: Mapping[str, Frozen], classes: int) -> distill.Objective:
     if method.objective == "kd":
         return distill.KD(method.kd, teachers)
     if method.objective == "ofa":

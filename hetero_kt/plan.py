@@ -82,7 +82,7 @@ def aside_cost(
     classes = data.classes(recipe.data[model.data], recipe.data_dir)
     # Of a teacher, objectives look at the stages alone until they are called.
     known: Any = {name: SimpleNamespace(stages=stages) for name, stages in teachers.items()}
-    objective = parts._objective(recipe.method, ours, known, classes)
+    objective = parts.build_objective(recipe.method, ours, known, classes)
     if objective.aside is None:
         return None
     return objective.name, _cost(objective.aside, 0, replace(model, ema=0.0), world)
