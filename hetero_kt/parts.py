@@ -324,7 +324,9 @@ def _split(option: str, name: str, pictures: Data, data_dir: str, size: int) -> 
         raise ValueError(f"{option} {name}: {str(error).rstrip('.')}.") from error
 
 
-def build_objective(method: Distill, student: Stages, teachers: Mapping[str, Frozen], classes: int) -> distill.Objective:
+def build_objective(
+    method: Distill, student: Stages, teachers: Mapping[str, Frozen], classes: int
+) -> distill.Objective:
     if method.objective == "kd":
         return distill.KD(method.kd, teachers)
     if method.objective == "ofa":
