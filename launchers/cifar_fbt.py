@@ -21,25 +21,26 @@ from functools import partial
 from hetero_kt.config import FBT, Data, Distill, Mix, Model, Optim, Recipe, Schedule, Teacher, Transform
 from hetero_kt.run import main
 
-EPOCH = 97  # steps of 512 rows
+EPOCH, TOKENS_EPOCH = 48, 97  # steps of 1,024 rows, and of 512
 SGD = Optim("sgd", lr=0.1, weight_decay=2e-3)
 ADAMW = Optim("adamw", lr=5e-4, weight_decay=5e-2, decay_all=False, clip=5.0)
 SWIN = Teacher("timm:swin_tiny_patch4_window7_224", init="run:cifar_swin_teacher")
 RESNET34 = Teacher("timm:resnet34", init="run:cifar_resnet34_teacher")
 STRONG = Transform(rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, erasing=0.25)
-PICTURES = Data(batch=512, pipeline="timm", image_size=224, workers=8)
+PICTURES = Data(batch=1024, pipeline="timm", image_size=224, workers=8)
 
 
 def recipe(name: str, model: Model, method: Distill, data: Data = PICTURES, epochs: int = 300) -> Recipe:
     kind = "student" if method.teachers else "teacher"
+    epoch = 50_000 // data.batch
     return Recipe(
         name,
         {kind: replace(model, data="pictures", label_smoothing=0.1, precision="autocast")},
         {"pictures": data},
         method,
-        steps=epochs * EPOCH,
-        eval_every=5 * EPOCH,
-        save_every=5 * EPOCH,
+        steps=epochs * epoch,
+        eval_every=5 * epoch,
+        save_every=5 * epoch,
     )
 
 
@@ -52,10 +53,10 @@ def default() -> Recipe:
 
 
 def tokens() -> Recipe:
-    schedule = Schedule("cosine", warmup=20 * EPOCH, warmup_lr=5e-7, min_lr=1e-5)
+    schedule = Schedule("cosine", warmup=20 * TOKENS_EPOCH, warmup_lr=5e-7, min_lr=1e-5)
     student = Model("timm:deit_tiny_patch16_224", "", optim=ADAMW, schedule=schedule)
     teacher = Teacher("timm:convnext_tiny", init="run:cifar_convnext_teacher")
-    data = replace(PICTURES, transform=STRONG, mix=Mix(mixup=0.8, cutmix=1.0))
+    data = replace(PICTURES, batch=512, transform=STRONG, mix=Mix(mixup=0.8, cutmix=1.0))
     return recipe("cifar_fbt_tokens", student, Distill({"teacher": teacher}), data)
 
 
@@ -78,9 +79,9 @@ def assistant() -> Recipe:
 
 
 def fine_tuned(name: str, model: str) -> Recipe:
-    schedule = Schedule("cosine", warmup=EPOCH, min_lr=1e-6)
+    schedule = Schedule("cosine", warmup=TOKENS_EPOCH, min_lr=1e-6)
     teacher = Model(model, "", pretrained=True, optim=replace(ADAMW, lr=1e-4), schedule=schedule)
-    return recipe(name, teacher, Distill({}, "none"), epochs=20)
+    return recipe(name, teacher, Distill({}, "none"), replace(PICTURES, batch=512), epochs=20)
 
 
 def resnet34_teacher() -> Recipe:
