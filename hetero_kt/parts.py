@@ -65,6 +65,7 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
             recipe.data_dir,
             recipe.output_dir,
             zero_block(model.zero) if _in_pieces(recipe, name) else None,
+            f"--models.{name}",
         )
         _check_precision(f"--models.{name}.precision", model.precision, modules[name])
     if isinstance(recipe.method, MergeNet):
@@ -85,14 +86,19 @@ def _in_pieces(recipe: Recipe, name: str) -> bool:
 
 
 def build_model(
-    model: Model, config: Data, data_dir: str, output_dir: str = "runs", zero: dict[str, Any] | None = None
+    model: Model,
+    config: Data,
+    data_dir: str,
+    output_dir: str = "runs",
+    zero: dict[str, Any] | None = None,
+    option: str = "--models.NAME",
 ) -> nn.Module:
     """A recipe's model for its data, with its first weights; with a ZeRO-3 block, a BERT is built in pieces."""
     if config.name in data.TEXTS:
         from hetero_kt.models import bert
 
         tokens = data.tokenizer(config, data_dir)
-        init = str(weights_of(model.init, "init", output_dir)) if model.init else ""
+        init = str(weights_of(model.init, f"{option}.init", output_dir)) if model.init else ""
         module, start = bert.build(model.name, bert.TASKS[config.name], vocabulary=tokens, init=init, zero=zero)
         if launch.place()[0] == 0 and (init or model.name.startswith("hf:")):
             print(f"{model.name}: {start}", flush=True)

@@ -185,6 +185,24 @@ def in_pieces(base: Recipe) -> bool:
     return all(hasattr(p, "ds_id") for module in modules.values() for p in module.parameters())
 
 
+def test_a_body_pre_trained_by_an_earlier_run_is_taken_over(ranks: Any, tmp_path: Path) -> None:
+    """As `run:RECIPE`; rows of masked texts may be shorter than a window of questions."""
+    one = replace(recipe(tmp_path), name="before", method=MergeNet({}, "none"), steps=2)
+    rows = Data("pretraining", batch=8, text=Text("generated", length=32))
+    one = replace(one, models={"bert": replace(one.models["bert"], data="texts")}, data={"texts": rows})
+    tiny.train(ranks(1), one)
+    saved = load_file(run_folder(one) / "export" / "bert" / "model.safetensors")
+    later = recipe(tmp_path)
+    later = replace(later, models={**later.models, "bert": replace(later.models["bert"], init="run:before")})
+    found = parts.build_models(later)["bert"].state_dict()
+    body = [name for name in found if name.startswith("bert.") and "pooler" not in name]
+    assert len(body) > 20
+    assert all(torch.equal(found[name], saved[name]) for name in body)
+    nowhere = replace(later, models={**later.models, "bert": replace(later.models["bert"], init="run:nothing")})
+    with pytest.raises(ValueError, match=r"^--models\.bert\.init run:nothing names .* which does not exist"):
+        parts.build_models(nowhere)
+
+
 def test_exports_are_transformers_own(ranks: Any, tmp_path: Path) -> None:
     """Folders that `from_pretrained` reads, with the trained weights, unfactorised, and the tokenizer."""
     base = recipe(tmp_path, 3)

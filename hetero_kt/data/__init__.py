@@ -126,32 +126,26 @@ def tokenizer(config: Data, data_dir: str = "") -> Tokenizer:
     return load_tokenizer(config.text.tokenizer if Path(config.text.tokenizer).exists() else below)
 
 
-def _texts(config: Data, data_dir: str, train: bool) -> Rows:
-    folder, tokens, text = (
-        data_dir or os.environ.get("HETERO_KT_DATA") or "data",
-        tokenizer(config, data_dir),
-        config.text,
-    )
-    windows = Windows(text.length, text.stride, text.question)
-    if text.tokenizer == GENERATED:
-        return _sayings(config, tokens, windows, train)
-    if config.name == "squad":
-        return squad(folder, tokens, windows, train=train, validation=config.validation)
-    if config.name == "imdb":
-        return imdb(folder, tokens, text.length, train=train, validation=config.validation, per_class=config.per_class)
-    return pretraining(folder, tokens, text.length, train=train)
-
-
 GENERATED = "generated"
 """As `Text.tokenizer`: generated texts and their own words, for tests and `--debug`."""
 
 
-def _sayings(config: Data, tokens: Tokenizer, windows: Windows, train: bool) -> Rows:
+def _texts(config: Data, data_dir: str, train: bool) -> Rows:
+    folder = data_dir or os.environ.get("HETERO_KT_DATA") or "data"
+    tokens, text = tokenizer(config, data_dir), config.text
+    made_up = text.tokenizer == GENERATED
     if config.name == "squad":
-        return SquadRows(sayings.questions(train), tokens, windows, name=GENERATED, train=train)
+        windows = Windows(text.length, text.stride, text.question)
+        if made_up:
+            return SquadRows(sayings.questions(train), tokens, windows, name=GENERATED, train=train)
+        return squad(folder, tokens, windows, train=train, validation=config.validation)
     if config.name == "imdb":
-        return ReviewRows(*sayings.reviews(train), tokens, windows.length, name=GENERATED)
-    return MaskedRows(sayings.plain(True), tokens, windows.length, train=train, name=GENERATED)
+        if made_up:
+            return ReviewRows(*sayings.reviews(train), tokens, text.length, name=GENERATED)
+        return imdb(folder, tokens, text.length, train=train, validation=config.validation, per_class=config.per_class)
+    if made_up:
+        return MaskedRows(sayings.plain(True), tokens, text.length, train=train, name=GENERATED)
+    return pretraining(folder, tokens, text.length, train=train)
 
 
 def _load(config: Data, data_dir: str, train: bool) -> ImageSet:
