@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hetero_kt.config import Data, Distill, Model, Optim, Recipe, Schedule, Teacher, Transfer, nearest
+from hetero_kt.data import TEXTS
 from hetero_kt.models import known
 
 SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
 
-TEXTS = ("squad", "imdb", "pretraining")
 BERTS = ("bert", "distilbert", "hf")
 """Families of models that read them."""
 

@@ -199,9 +199,9 @@ def _prepare_mergenet(recipe: Recipe, method: MergeNet, modules: Mapping[str, nn
     def start() -> Method:
         learners = {name: _learner(recipe, name, module, ranks) for name, module in modules.items()}
         engines = {name: learner.engine for name, learner in learners.items()}
-        losses = {name: task(recipe, name).loss for name in recipe.models}
         losses = {
-            name: partial(loss, label_smoothing=recipe.models[name].label_smoothing) for name, loss in losses.items()
+            name: partial(task(recipe, name).loss, label_smoothing=model.label_smoothing)
+            for name, model in recipe.models.items()
         }
         exchange = _exchange(recipe, list(_transfers(recipe, method, engines).values()))
         return mergenet.MergeNet(learners, exchange, losses, {name: recipe.budget(name) for name in learners})

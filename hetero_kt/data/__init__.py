@@ -90,6 +90,11 @@ def classes(config: Data, data_dir: str = "") -> int:
     return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES, "imdb": 2}[config.name]
 
 
+def _root(data_dir: str) -> str:
+    """The folder with the data sets."""
+    return data_dir or os.environ.get("HETERO_KT_DATA") or "data"
+
+
 def _mixer(config: Data, classes: int, train: bool, seed: int, rank: int, world: int) -> Mixer | None:
     if not train or not (config.mix.mixup or config.mix.cutmix):
         return None
@@ -98,7 +103,7 @@ def _mixer(config: Data, classes: int, train: bool, seed: int, rank: int, world:
 
 def _folder(config: Data, data_dir: str) -> Path:
     """Where a data set's shards lie."""
-    place = config.folder if os.path.isabs(config.folder) else data_dir or os.environ.get("HETERO_KT_DATA") or "data"
+    place = config.folder if os.path.isabs(config.folder) else _root(data_dir)
     return local(place, "--data-dir") / local(config.folder, "--data.NAME.folder")
 
 
@@ -122,7 +127,7 @@ def tokenizer(config: Data, data_dir: str = "") -> Tokenizer:
     """The tokenizer of a set of texts. Raises ValueError where there is none."""
     if config.text.tokenizer == GENERATED:
         return sayings.vocabulary()
-    below = Path(data_dir or os.environ.get("HETERO_KT_DATA") or "data") / config.text.tokenizer
+    below = Path(_root(data_dir)) / config.text.tokenizer
     return load_tokenizer(config.text.tokenizer if Path(config.text.tokenizer).exists() else below)
 
 
@@ -131,7 +136,7 @@ GENERATED = "generated"
 
 
 def _texts(config: Data, data_dir: str, train: bool) -> Rows:
-    folder = data_dir or os.environ.get("HETERO_KT_DATA") or "data"
+    folder = _root(data_dir)
     tokens, text = tokenizer(config, data_dir), config.text
     made_up = text.tokenizer == GENERATED
     if config.name == "squad":
@@ -160,7 +165,7 @@ def _read(config: Data, data_dir: str, train: bool) -> ImageSet:
         return generated(train)
     if config.name == "shards":
         raise ValueError("data shards: they are not read into memory: use open_loader")
-    return cifar100(data_dir or os.environ.get("HETERO_KT_DATA") or "data", train)
+    return cifar100(_root(data_dir), train)
 
 
 def _chosen(labels: torch.Tensor, classes: int, config: Data, train: bool) -> torch.Tensor:
