@@ -22,6 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from hetero_kt.data.images import ImageSet
+from hetero_kt.messages import first_line
 
 CLASSES = 100
 _SIZE = 32
@@ -149,7 +150,7 @@ def _from_hub(name: str, part: str) -> tuple[np.ndarray, np.ndarray]:
         table = datasets.load_dataset(name, split=part)
     except Exception as error:  # whatever the library, its file systems or the network raise
         raise ValueError(
-            f"--data-dir hf:{name} cannot be loaded ({_first_line(error)}): name a local folder or a cached data set"
+            f"--data-dir hf:{name} cannot be loaded ({first_line(error)}): name a local folder or a cached data set"
         ) from error
     image = _column(f"hf:{name}", table.column_names, _IMAGE_COLUMNS)
     label = _column(f"hf:{name}", table.column_names, _LABEL_COLUMNS)
@@ -168,9 +169,5 @@ def _column(file: Path | str, names: Sequence[str], wanted: Sequence[str]) -> st
 
 
 def _damaged(file: Path | str, error: Exception | str) -> ValueError:
-    reason = error if isinstance(error, str) else _first_line(error)
+    reason = error if isinstance(error, str) else first_line(error)
     return ValueError(f"{file} cannot be read ({reason}): fetch it again, or name another folder with --data-dir")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -16,7 +16,8 @@ import torch
 
 from hetero_kt.data import cache, counter
 from hetero_kt.data.images import class_counts, draw_per_class
-from hetero_kt.data.text import Tokenizer, blank, first_line, joined
+from hetero_kt.data.text import Tokenizer, blank, joined
+from hetero_kt.messages import first_line
 
 CLASSES = 2
 _FORMAT = 1  # of the cache

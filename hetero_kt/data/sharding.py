@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hetero_kt.data import counter
 from hetero_kt.data.shards import FORMAT, INDEX, ROWS, TABLE, Index, local
 from hetero_kt.data.workers import context
+from hetero_kt.messages import first_line
 
 _KEY = counter.key(3, 0)
 _UNFINISHED = ".unfinished"  # a folder for what only an unfinished run needs
@@ -473,7 +474,7 @@ def _column(file: Path, names: Sequence[str], wanted: Sequence[str]) -> str:
 
 
 def _damaged(file: Path | str, error: Exception) -> ValueError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    reason = first_line(error)
     return ValueError(f"{file} cannot be read ({reason}): fetch it again, or name another file.")
 
 

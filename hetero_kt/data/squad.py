@@ -26,7 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hetero_kt.data import cache, counter
-from hetero_kt.data.text import Encoded, Tokenizer, blank, first_line, joined
+from hetero_kt.data.text import Encoded, Tokenizer, blank, joined
+from hetero_kt.messages import first_line
 
 _FORMAT = 1  # of the cache
 _HELD_OUT = counter.key(0, 0)

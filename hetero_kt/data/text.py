@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hetero_kt.data import cache, counter
 from hetero_kt.data.order import Order
+from hetero_kt.messages import first_line
 
 PAD_TO = 8  # batches are as wide as a multiple of this
 _DRAW = 3  # random stream of what a batch draws for its rows
@@ -217,8 +218,3 @@ def joined(pieces: Sequence[np.ndarray], dtype: Any = np.int32) -> tuple[np.ndar
     np.cumsum([len(piece) for piece in pieces], out=bounds[1:])
     whole = np.concatenate(pieces).astype(dtype, copy=False) if pieces else np.zeros(0, dtype)
     return whole, bounds
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, as part of a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from torch import nn
 
+from hetero_kt.messages import first_line
 from hetero_kt.models import cifar, swin
 
 __all__ = ["build", "classifier", "irb_projection", "known"]
@@ -118,12 +119,12 @@ def _build_timm(name: str, classes: int, pretrained: bool, image_size: int) -> n
     except Exception as error:
         if not pretrained:
             raise ValueError(
-                f"timm:{name} cannot be built for pictures of {image_size} pixels ({_first_line(error)}):"
+                f"timm:{name} cannot be built for pictures of {image_size} pixels ({first_line(error)}):"
                 f" change image_size or the model"
             ) from error
         # Never random weights instead: the run would look right and be wrong.
         raise ValueError(
-            f"timm:{name}: its published weights could not be fetched ({_first_line(error)}):"
+            f"timm:{name}: its published weights could not be fetched ({first_line(error)}):"
             f" put them into the hub's cache, or give a safetensors file as init"
         ) from error
 
@@ -135,7 +136,7 @@ def _load(model: nn.Module, name: str, path: str) -> None:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{name}: init names {path}, which cannot be read as safetensors ({_first_line(error)}): export it again"
+            f"{name}: init names {path}, which cannot be read as safetensors ({first_line(error)}): export it again"
         ) from error
     wrong = _misfits(model, tensors)
     if wrong:
@@ -155,7 +156,3 @@ def _misfits(model: nn.Module, tensors: dict[str, torch.Tensor]) -> list[str]:
         if has != needs:
             wrong.append(f"{key} is {'x'.join(map(str, has))}, not {'x'.join(map(str, needs))}")
     return wrong
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

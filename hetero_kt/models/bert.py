@@ -40,7 +40,8 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from hetero_kt.data.text import Tokenizer, first_line
+from hetero_kt.data.text import Tokenizer
+from hetero_kt.messages import first_line
 
 Task = Literal["question_answering", "classification", "masked_lm"]
 
@@ -79,11 +80,6 @@ class Start:
         text = f"{len(self.taken)} tensors are from {self.source}"
         text += f", {len(self.fresh)} are fresh ({_short(self.fresh)})" if self.fresh else ""
         return text + (f", {len(self.left)} of it are left out ({_short(self.left)})" if self.left else "")
-
-
-def matches(name: str) -> bool:
-    """Whether `build` is asked for a model of this name."""
-    return name.partition(":")[0] in ("hf", "bert", "distilbert")
 
 
 def build(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hetero_kt.messages import first_line
 from hetero_kt.nn.families import Family, Form, family_of
 
 __all__ = ["Layout", "Stages", "expose", "from_map", "split", "to_map"]
@@ -181,7 +182,7 @@ def split(model: nn.Module, image_size: int) -> Stages:
         family = family_of(model)
         return Stages(model, family, image_size)
     except (ValueError, AssertionError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        reason = first_line(error)
         raise ValueError(f"{name} cannot be split into stages for pictures of {image_size} pixels: {reason}") from error
 
 
