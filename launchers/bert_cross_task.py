@@ -73,8 +73,8 @@ def layers(source: int, target: int) -> Recipe:
 def small() -> Recipe:
     base = default()
     models = {
-        "bert": small_model("bert", "bert:4x256", "questions", 0),
-        "distilbert": small_model("distilbert", "distilbert:2x256", "reviews", 0),
+        "bert": small_model("bert", "bert:4x256", "questions"),
+        "distilbert": small_model("distilbert", "distilbert:2x256", "reviews"),
     }
     transfers = {
         "to_distilbert": transfer(bert_value(4), distilbert_value(2), cycle=1),
@@ -82,7 +82,7 @@ def small() -> Recipe:
     }
     data = {
         "questions": replace(QUESTIONS, batch=16, text=Text(length=192, stride=64, question=32)),
-        "reviews": replace(REVIEWS, batch=16, text=Text(length=192)),
+        "reviews": replace(REVIEWS, batch=16, text=Text(length=128)),
     }
     return replace(
         base,
@@ -90,22 +90,24 @@ def small() -> Recipe:
         models=models,
         data=data,
         method=MergeNet(transfers),
-        steps=1500,
-        eval_every=500,
-        save_every=500,
+        steps=600,
+        eval_every=600,
+        save_every=200,
     )
 
 
-def small_model(kind: str, name: str, data: str, steps: int) -> Model:
-    optim = Optim("adamw", lr=2e-4, weight_decay=1e-2, clip=1.0)
-    init = f"run:{kind}_pretraining" if data != "texts" else ""
-    return Model(name, data, init=init, optim=optim, schedule=Schedule("cosine", warmup=100), steps=steps)
+def small_model(kind: str, name: str, data: str) -> Model:
+    optim = Optim("adamw", lr=3e-4, weight_decay=1e-2, clip=1.0)
+    init = f"run:{kind}_pretraining"
+    return Model(name, data, init=init, optim=optim, schedule=Schedule("cosine", warmup=60))
 
 
 def pretraining(kind: str, name: str) -> Recipe:
-    models = {kind: small_model(kind, name, "texts", 0)}
-    data = {"texts": Data("pretraining", batch=32, text=Text(length=128))}
-    return Recipe(f"{kind}_pretraining", models, data, MergeNet({}, "none"), 8000, eval_every=2000, save_every=1000)
+    optim = Optim("adamw", lr=1e-3, weight_decay=1e-2, clip=1.0)
+    models = {kind: Model(name, "texts", optim=optim, schedule=Schedule("cosine", warmup=200))}
+    # About once over the texts: 8 million tokens.
+    data = {"texts": Data("pretraining", batch=16, text=Text(length=128))}
+    return Recipe(f"{kind}_pretraining", models, data, MergeNet({}, "none"), 4000, eval_every=1000, save_every=500)
 
 
 VARIANTS: dict[str, Callable[[], Recipe]] = {
