@@ -70,6 +70,8 @@ class Transform:
     """Probability of random erasing."""
     crop_fraction: float = 0.875
     """Of evaluation: the middle of the picture that is kept."""
+    squash: bool = False
+    """Evaluation sees the whole picture, squeezed into the square."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,21 @@ class Text:
 class Data:
     """One data set and the batches drawn from it."""
 
-    name: Literal["cifar100", "digits", "generated", "shards", "squad", "imdb", "pretraining"] = "cifar100"
+    name: Literal["cifar100", "digits", "generated", "shards", "squad", "imdb", "pretraining", "vqa", "captions"] = (
+        "cifar100"
+    )
     """`shards` are webdataset shards that `hetero-kt shards` has written; `squad` (version 2), `imdb` and `pretraining`
-    (masked language modelling of both sets' training texts) are for BERT and DistilBERT."""
+    (masked language modelling of both sets' training texts) are for BERT and DistilBERT; `vqa` (questions about
+    pictures) and `captions` (pictures and their descriptions) for X-VLM."""
     batch: int = 128
     """Global batch: rows per optimizer step over all ranks."""
     folder: str = ""
-    """Of `shards`: the folder with `train/` and `validation/` in it, below the data folder."""
+    """Below the data folder: of `shards`, the one with `train/` and `validation/` in it; of `vqa` and `captions`, that
+    of the set (`vqa_v2`, `coco`, `daquar`, `flickr8k`)."""
+    fraction: float = 1.0
+    """Of `vqa` and `captions`: share of the training pictures that is kept."""
+    answers: int = 3128
+    """Of `vqa`: so many of the most frequent training answers can be given, where no answer_list.json says which."""
     per_class: int = 0
     """Labelled training samples kept per class; 0 keeps all."""
     pipeline: Literal["fast", "timm"] = "fast"
@@ -128,6 +138,18 @@ class Data:
     image_size: int = 32
     text: Text = field(default_factory=Text)
     """Of sets of texts."""
+
+
+@dataclass(frozen=True)
+class XVLM:
+    """What X-VLM alone needs to be told."""
+
+    vision: str = ""
+    """Where its vision encoder starts: a safetensors file, or `timm:NAME` for timm's published weights."""
+    text: str = ""
+    """Where its text encoder and decoder start: a BERT's folder or safetensors file, `hf:NAME`, or `run:RECIPE`."""
+    negatives: Literal["rank", "gathered"] = "rank"
+    """Of retrieval: hard negatives are drawn from one rank's batch, or from that of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +179,8 @@ class Model:
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is evaluated and exported too; 0 keeps none."""
     checkpointing: bool = False
-    """Compute each stage again in the backward instead of keeping its activations (distillation only)."""
+    """Compute each stage or layer again in the backward instead of keeping its activations (distillation and X-VLM)."""
+    xvlm: XVLM = field(default_factory=XVLM)
 
 
 @dataclass(frozen=True)
