@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from hetero_kt.config import Data, Distill, Model, Optim, Recipe, Schedule, Teacher, Transfer, nearest
-from hetero_kt.data import TEXTS
+from hetero_kt.data import GENERATED, PAIRS, TEXTS
 from hetero_kt.models import known
 
 SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
 
 BERTS = ("bert", "distilbert", "hf")
-"""Families of models that read them."""
+"""Families of models that read texts."""
+
+XVLMS = ("xvlm:tiny", "xvlm:mini", "xvlm:small", "xvlm:base")
+"""Models that see pictures and read texts."""
 
 ASIDE = ("fused", "branches", "projections")
 """What objectives of distillation train beside the student, as it is logged."""
@@ -79,8 +82,8 @@ def check(recipe: Recipe, world: int = 1) -> None:
         _check_transfer(f"--method.transfers.{name}", transfer, recipe.models)
     _check_sites(recipe.method.transfers)
     for name, model in recipe.models.items():
-        if model.checkpointing:
-            raise ValueError(f"--models.{name}.checkpointing is for distillation only: leave it out.")
+        if model.checkpointing and model.name not in XVLMS:
+            raise ValueError(f"--models.{name}.checkpointing is for distillation and X-VLM only: leave it out.")
 
 
 def _check_data(name: str, data: Data, world: int) -> None:
@@ -93,6 +96,11 @@ def _check_data(name: str, data: Data, world: int) -> None:
         raise ValueError(f"{option}.pipeline fast augments sets in memory: use timm for shards.")
     if data.name == "shards" and not data.folder:
         raise ValueError(f"{option}.folder is empty: name what hetero-kt shards has written.")
+    if data.name in PAIRS and not data.folder and data.text.tokenizer != GENERATED:
+        raise ValueError(f"{option}.folder is empty: name the set's, vqa_v2, coco, daquar or flickr8k for example.")
+    if not 0 < data.fraction <= 1:
+        raise ValueError(f"{option}.fraction {data.fraction} is no share of the pictures: use more than 0, at most 1.")
+    _at_least(f"{option}.answers", data.answers, 1)
     for field, value in (("mixup", data.mix.mixup), ("cutmix", data.mix.cutmix)):
         _not_negative(f"{option}.mix.{field}", value)
     for field, value in (
@@ -115,17 +123,7 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
         raise ValueError(
             f"{option}.data {model.data} is no entry of the recipe's data: use {nearest(model.data, data)}."
         )
-    texts, bert = data[model.data].name in TEXTS, model.name.partition(":")[0] in BERTS
-    if texts and not bert:
-        raise ValueError(
-            f"{option}.name {model.name} reads no texts: use bert:LAYERSxWIDTH, distilbert:LAYERSxWIDTH or hf:NAME."
-        )
-    if bert and not texts:
-        raise ValueError(f"{option}.name {model.name} sees no pictures: give it {', '.join(TEXTS)} as data.")
-    if bert and model.pretrained:
-        raise ValueError(f"{option}.pretrained is for timm's models: name hf:bert-base-uncased, for example.")
-    if not bert and model.name not in known():
-        raise ValueError(f"{option}.name {model.name} is no model: use {nearest(model.name, known())}.")
+    _check_name(option, model, data[model.data].name)
     _at_least(f"{option}.micro-batch", model.micro_batch, 0)
     _at_least(f"{option}.steps", model.steps, 0)
     share = data[model.data].batch // world
@@ -146,6 +144,34 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
             f"{option}.zero {model.zero} is stage 0, which keeps no master copy of bf16 parameters: "
             "use ds_configs/zero1.json, or autocast as precision."
         )
+
+
+def _check_name(option: str, model: Model, data: str) -> None:
+    """Refuse an unknown model, and one that is not for such data."""
+    family = model.name.partition(":")[0]
+    bert, xvlm = family in BERTS, family == "xvlm"
+    if data in TEXTS and not bert:
+        raise ValueError(
+            f"{option}.name {model.name} reads no texts: use bert:LAYERSxWIDTH, distilbert:LAYERSxWIDTH or hf:NAME."
+        )
+    if data in PAIRS and not xvlm:
+        raise ValueError(f"{option}.name {model.name} does not read about pictures: use {', '.join(XVLMS)}.")
+    if bert and data not in TEXTS:
+        raise ValueError(f"{option}.name {model.name} sees no pictures: give it {', '.join(TEXTS)} as data.")
+    if xvlm and data not in PAIRS:
+        raise ValueError(f"{option}.name {model.name} needs pictures with texts: give it {' or '.join(PAIRS)} as data.")
+    if bert and model.pretrained:
+        raise ValueError(f"{option}.pretrained is for timm's models: name hf:bert-base-uncased, for example.")
+    if xvlm and model.pretrained:
+        raise ValueError(f"{option}.pretrained is for timm's models: use {option}.xvlm.vision timm:NAME.")
+    names = XVLMS if xvlm else known()
+    if not bert and model.name not in names:
+        raise ValueError(f"{option}.name {model.name} is no model: use {nearest(model.name, names)}.")
+    for field in ("vision", "text"):
+        if getattr(model.xvlm, field) and not xvlm:
+            raise ValueError(f"{option}.xvlm.{field} is for X-VLM only: leave it out.")
+        if getattr(model.xvlm, field) and model.init:
+            raise ValueError(f"{option}.xvlm.{field} and {option}.init both say where to start: give one of them.")
 
 
 def _check_rates(option: str, optim: Optim, schedule: Schedule) -> None:
@@ -173,8 +199,8 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
     ((name, student),) = recipe.models.items()
     if name in ASIDE:
         raise ValueError(f"--models.{name}: what is trained aside is called so: give the student another name.")
-    if recipe.data[student.data].name in TEXTS:
-        raise ValueError(f"--models.{name}.data {student.data} holds texts: distillation is for pictures.")
+    if recipe.data[student.data].name in (*TEXTS, *PAIRS):
+        raise ValueError(f"--models.{name}.data {student.data} holds texts: distillation is for pictures alone.")
     if method.objective == "none":
         return
     if not method.teachers:

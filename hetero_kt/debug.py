@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from hetero_kt.checks import BERTS, TEXTS, largest_divisor, split_site
-from hetero_kt.config import Distill, MergeNet, Model, Recipe, Text, Transfer
-from hetero_kt.data import GENERATED
+from hetero_kt.checks import BERTS, largest_divisor, split_site
+from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe, Text, Transfer
+from hetero_kt.data import GENERATED, PAIRS, TEXTS
 from hetero_kt.models import build
 from hetero_kt.models.teacher import RANDOM
 from hetero_kt.nn.reencode import list_weights
@@ -19,6 +19,9 @@ DEBUG_BATCH = 8
 DEBUG_RANK = 4
 
 TINY_TEXT = Text(GENERATED, length=64, stride=16, question=16)
+
+TINY_WORLD = 64
+"""Pixels of the generated pictures that texts speak of."""
 
 TINY = {
     "resnet": "cifar:resnet_tiny",
@@ -42,27 +45,14 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
     """
     share = -(-DEBUG_BATCH // world)
     micro_batch = largest_divisor(share, share // 2) if share > 1 else 0
-    data = {
-        name: replace(entry, batch=share * world, per_class=0, validation=0.0, text=TINY_TEXT)
-        if entry.name in TEXTS
-        else replace(
-            entry,
-            name="generated",
-            batch=share * world,
-            per_class=0,
-            validation=0.0,
-            image_size=32,
-            folder="",
-            workers=0,
-        )
-        for name, entry in recipe.data.items()
-    }
+    data = {name: _tiny_data(entry, share * world) for name, entry in recipe.data.items()}
     models = {
         name: replace(
             model,
             name=_tiny(model.name),
             init="",
             pretrained=False,
+            xvlm=replace(model.xvlm, vision="", text=""),
             steps=min(model.steps, DEBUG_STEPS - 1),
             schedule=replace(model.schedule, warmup=0),
             micro_batch=micro_batch if model.micro_batch else 0,
@@ -82,8 +72,19 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
     )
 
 
+def _tiny_data(entry: Data, batch: int) -> Data:
+    small = replace(entry, batch=batch, per_class=0, validation=0.0, fraction=1.0, folder="", workers=0)
+    if entry.name in PAIRS:
+        return replace(small, text=TINY_TEXT, image_size=TINY_WORLD)
+    if entry.name in TEXTS:
+        return replace(small, text=TINY_TEXT)
+    return replace(small, name="generated", image_size=32)
+
+
 def _tiny(name: str) -> str:
     family, _, bare = name.partition(":")
+    if family == "xvlm":
+        return "xvlm:tiny"
     if family in BERTS:
         return "distilbert:2x32" if "distilbert" in name else "bert:2x32"
     return next((tiny for family, tiny in TINY.items() if bare.startswith(family)), name)
@@ -129,13 +130,23 @@ def _tiny_weight(tiny: Model, weight: str, taken: set[str], model: str) -> str:
     names = [info.name for info in list_weights(_built(tiny))]
     if weight in names:
         return weight
-    kind = weight.split(".")[-2:]
-    alike = [name for name in names if name.split(".")[-2:] == kind and f"{model}:{name}" not in taken]
+    free = [name for name in names if f"{model}:{name}" not in taken]
+    same_place = [name for name in free if _unnumbered(name) == _unnumbered(weight)]
+    alike = same_place or [name for name in free if name.split(".")[-2:] == weight.split(".")[-2:]]
     # Without one of its kind the name stays, and the search for the weight complains with the nearest names.
     return alike[-1] if alike else weight
 
 
+def _unnumbered(weight: str) -> list[str]:
+    """A weight's name without the numbers of its layers."""
+    return [part for part in weight.split(".") if not part.isdecimal()]
+
+
 def _built(tiny: Model) -> nn.Module:
+    if tiny.data in PAIRS:
+        from hetero_kt.models import xvlm
+
+        return xvlm.build(tiny.name, xvlm.TASKS[tiny.data], vocabulary=64, image_size=TINY_WORLD)[0]
     if tiny.data not in TEXTS:
         return build(tiny.name, 10)
     from hetero_kt.models import bert

@@ -94,6 +94,8 @@ def build_model(
     option: str = "--models.NAME",
 ) -> nn.Module:
     """A recipe's model for its data, with its first weights; with a ZeRO-3 block, a BERT is built in pieces."""
+    if config.name in data.PAIRS:
+        return _build_xvlm(model, config, data_dir, output_dir, option)
     if config.name in data.TEXTS:
         from hetero_kt.models import bert
 
@@ -107,10 +109,45 @@ def build_model(
     return models.build(model.name, classes, pretrained=model.pretrained, image_size=config.image_size, init=model.init)
 
 
-def write_model(recipe: Recipe, name: str, module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """The trained model called `name`, as the library that it comes from reads it: `<path>.safetensors` for timm's
-    `load_state_dict`, a folder `<path>/` for transformers' `from_pretrained`."""
+def _build_xvlm(model: Model, config: Data, data_dir: str, output_dir: str, option: str) -> nn.Module:
+    from hetero_kt.models import xvlm
+
+    def start(field: str, given: str) -> str:
+        outside = given.startswith(("hf:", "timm:")) or not given
+        return given if outside else str(weights_of(given, f"{option}.{field}", output_dir))
+
+    module, begun = xvlm.build(
+        model.name,
+        xvlm.TASKS[config.name],
+        vocabulary=data.tokenizer(config, data_dir),
+        image_size=config.image_size,
+        init=start("init", model.init),
+        vision=start("xvlm.vision", model.xvlm.vision),
+        text=start("xvlm.text", model.xvlm.text),
+        gathered=model.xvlm.negatives == "gathered",
+    )
+    module.checkpointing = model.checkpointing
+    if launch.place()[0] == 0 and (model.init or model.xvlm.vision or model.xvlm.text):
+        print(f"{model.name}: {begun}", flush=True)
+    return module
+
+
+def write_model(
+    recipe: Recipe,
+    loaders: Mapping[str, Any],
+    name: str,
+    module: nn.Module,
+    state: dict[str, Tensor],
+    path: Path,
+) -> None:
+    """The trained model called `name`, as whoever uses it reads it: `<path>.safetensors` for timm's `load_state_dict`,
+    a folder `<path>/` for transformers' `from_pretrained` or, of an X-VLM, for `hetero-kt ask`."""
     config = recipe.data[recipe.models[name].data]
+    if config.name in data.PAIRS:
+        from hetero_kt import ask
+
+        ask.save(recipe.models[name].name, config, loaders[recipe.models[name].data], state, path)
+        return
     if config.name not in data.TEXTS:
         write_safetensors(name, module, state, path)
         return

@@ -33,7 +33,7 @@ class ModelCost:
 
     parameters: int
     macs: int
-    """Multiply-accumulates of linear and convolution layers, forward, one picture."""
+    """Multiply-accumulates of linear and convolution layers, forward, one sample."""
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -45,9 +45,9 @@ class ModelCost:
 
 
 def model_cost(module: nn.Module, model: Model, pictures: Data, world: int) -> ModelCost:
-    """Cost of `module` (plain, on the CPU) trained as `model` says on `world` ranks; one sample is a picture, or a
-    text of the greatest length."""
-    return _cost(module, _macs(module, _sample(pictures)), model, world)
+    """Cost of `module` (plain, on the CPU) trained as `model` says on `world` ranks; one sample is a picture, a
+    text of the greatest length, or one of each."""
+    return _cost(module, _macs(module, *_sample(pictures)), model, world)
 
 
 def _cost(module: nn.Module, macs: int, model: Model, world: int) -> ModelCost:
@@ -191,18 +191,19 @@ def _shape(layout: Layout) -> tuple[int, ...]:
     return (layout.prefix + layout.grid[0] * layout.grid[1], layout.channels)
 
 
-def _sample(config: Data) -> torch.Tensor:
-    if config.name in data.TEXTS:
-        return torch.zeros(1, config.text.length, dtype=torch.long)
-    return torch.zeros(1, 3, config.image_size, config.image_size)
+def _sample(config: Data) -> tuple[torch.Tensor, ...]:
+    text, picture = torch.zeros(1, config.text.length, dtype=torch.long), torch.zeros(1, 3, *[config.image_size] * 2)
+    if config.name in data.PAIRS:
+        return picture, text, torch.ones_like(text)
+    return (text,) if config.name in data.TEXTS else (picture,)
 
 
-def _macs(module: nn.Module, inputs: Any) -> int:
+def _macs(module: nn.Module, *inputs: Any) -> int:
     """Multiply-accumulates of linear and convolution layers in one forward in eval mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(inputs)
+        module(*inputs)
     for part, training in modes:
         part.training = training
     layers = {torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm}
@@ -212,7 +213,9 @@ def _macs(module: nn.Module, inputs: Any) -> int:
 def show(recipe: Recipe, world: int) -> None:
     """Print the plan of `recipe` on `world` ranks; nothing is started and no data set is decoded."""
     modules = {
-        name: parts.build_model(replace(m, init="", pretrained=False), recipe.data[m.data], recipe.data_dir)
+        name: parts.build_model(
+            replace(m, init="", pretrained=False, xvlm=config.XVLM()), recipe.data[m.data], recipe.data_dir
+        )
         for name, m in recipe.models.items()
     }
     console = Console(highlight=False, width=120)

@@ -128,7 +128,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
         stop,
         last=last,
     )
-    trainer.write_model = partial(parts.write_model, recipe)
+    trainer.write_model = partial(parts.write_model, recipe, train)
     trainer.measured = lambda: {k: v for loader in train.values() for k, v in loader.throughput().items()}
     try:
         if start_from is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,9 +54,10 @@ def open_loader(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
-) -> Loader | PictureLoader | TextLoader:
+) -> Loader | PictureLoader | TextLoader | Any:
     """What draws the batches of a data set, for training or for evaluation: `Loader` for the fast pipeline,
-    `PictureLoader` for timm's. Which samples there are is the same in every run, as for `load`.
+    `PictureLoader` for timm's, and one for each kind of texts. Which samples there are is the same in every run, as
+    for `load`.
 
     Raises:
         ValueError: data that is missing or damaged, or settings that do not fit it or each other.
@@ -63,6 +65,13 @@ def open_loader(
     place = (rank, world, device)
     if config.name in TEXTS:
         return TextLoader(_texts(config, data_dir, train), config.batch, seed, *place)
+    if config.name in PAIRS:
+        from hetero_kt.data.captions import captions
+        from hetero_kt.data.vqa import vqa
+
+        make: Any = vqa if config.name == "vqa" else captions
+        tokens = tokenizer(config, data_dir)
+        return make(config, _root(data_dir), tokens, train=train, seed=seed, rank=rank, world=world, device=device)
     if config.pipeline == "fast":
         if config.name == "shards":
             raise ValueError("data shards: the fast pipeline augments in memory: use --data.NAME.pipeline timm")
@@ -122,10 +131,17 @@ def _shards(config: Data, data_dir: str, train: bool) -> Shards:
 TEXTS = ("squad", "imdb", "pretraining")
 """Names of sets of texts."""
 
+PAIRS = ("vqa", "captions")
+"""Names of sets of pictures with texts."""
+
 
 def tokenizer(config: Data, data_dir: str = "") -> Tokenizer:
-    """The tokenizer of a set of texts. Raises ValueError where there is none."""
+    """The tokenizer of a set of texts or pairs. Raises ValueError where there is none."""
     if config.text.tokenizer == GENERATED:
+        if config.name in PAIRS:
+            from hetero_kt.data import world
+
+            return world.vocabulary()
         return sayings.vocabulary()
     below = Path(_root(data_dir)) / config.text.tokenizer
     return load_tokenizer(config.text.tokenizer if Path(config.text.tokenizer).exists() else below)

@@ -559,7 +559,11 @@ class MergeNet:
     def _accumulate(self, engine: DeepSpeedEngine, batch: Any, loss_of: Callable[[nn.Module, Any], Tensor]) -> Tensor:
         """Backward over the micro-batches of this rank's share; every one but the last also takes DeepSpeed's
         (empty) step, which only counts. The last one's step is the caller's, after `observe`."""
-        pieces = list(zip(*(rows.split(engine.train_micro_batch_size_per_gpu()) for rows in batch), strict=True))
+        rows = engine.train_micro_batch_size_per_gpu()
+        if hasattr(batch, "split"):  # not every tensor of it has a row for each sample
+            pieces = batch.split(rows)
+        else:
+            pieces = list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
         total = torch.zeros((), device=engine.device)
         for i, piece in enumerate(pieces):
             loss = loss_of(engine, piece)

@@ -7,7 +7,13 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-_TASKS = {"squad": "question_answering", "imdb": "sentiment", "pretraining": "masked_lm"}
+_TASKS = {
+    "squad": "question_answering",
+    "imdb": "sentiment",
+    "pretraining": "masked_lm",
+    "vqa": "vqa",
+    "captions": "retrieval",
+}
 
 
 class Task(Protocol):
@@ -23,6 +29,6 @@ class Task(Protocol):
 
 
 def task_of(data: str) -> Task:
-    """The task that goes with a data set: classification of pictures, or what a set of texts is for."""
+    """The task that goes with a data set: classification of pictures, or what a set of texts or pairs is for."""
     # Imported where it is needed: transformers takes seconds to import.
     return cast(Task, import_module(f"{__name__}.{_TASKS.get(data, 'classification')}"))
