@@ -230,8 +230,8 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_COMMA = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _WITH_APOSTROPHES = """
-    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't oughtn't shan't
-    shouldn't wasn't weren't won't wouldn't
+    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't oughtn't
+    shan't shouldn't wasn't weren't won't wouldn't
     he'd how'd it'd someone'd something'd there'd they'd where'd who'd you'd
     how'll it'll somebody'll someone'll something'll they'll what'll who'll why'll you'll
     there're they're what're why're you're
