@@ -21,7 +21,6 @@ from torch import Tensor
 from hetero_kt.evaluate import evaluating, gather_rows, sum_over_ranks, world
 from hetero_kt.nn.losses.alignment import itc, itm
 from hetero_kt.nn.losses.precision import wide
-from hetero_kt.tasks.vqa import as_parameters
 
 if TYPE_CHECKING:
     from hetero_kt.data.captions import CaptionLoader
@@ -45,7 +44,7 @@ def loss(model: Any, batch: tuple[Tensor, ...], label_smoothing: float = 0.0) ->
     if label_smoothing:
         raise ValueError("label smoothing goes with neither of retrieval's losses: leave --models.NAME.label-smoothing")
     pictures, ids_BL, mask_BL, groups_B = batch
-    found = model(as_parameters(model, pictures), ids_BL, mask_BL, groups=groups_B)
+    found = model(pictures, ids_BL, mask_BL, groups=groups_B)
     return itc(found["image"], found["text"], groups_B, found["temperature"]) + itm(found["match"])
 
 
@@ -95,19 +94,18 @@ def evaluate(
     return found | {"r_mean": sum(found.values()) / len(found)}
 
 
-@torch.no_grad()
-def match(model: Any, pictures: Tensor, ids_TL: Tensor, mask_TL: Tensor, pairs: int = _PAIRS) -> tuple[Tensor, Tensor]:
-    """How well each caption fits each picture, by both rounds' measures: the log-odds of "fits" (I, T), whose sigmoid
-    is its probability, and the cosines (I, T), float32 at least."""
+def match(model: Any, pictures: Tensor, ids_TL: Tensor, mask_TL: Tensor, pairs: int = _PAIRS) -> Tensor:
+    """The probability that each caption fits each picture (I, 3, H, W), by the matching head: (I, T), in float64, which
+    tells what is nearly certain from what is more so."""
     with evaluating(model):
-        seen, read = model(pictures=as_parameters(model, pictures)), model(ids=ids_TL, mask=mask_TL)
+        tokens_INC, states_TLC = model(pictures=pictures)["tokens"], model(ids=ids_TL, mask=mask_TL)["states"]
         image_P = torch.arange(len(pictures), device=ids_TL.device).repeat_interleave(len(ids_TL))
         text_P = torch.arange(len(ids_TL), device=ids_TL.device).repeat(len(pictures))
         odds = [
-            _log_odds(model, seen["tokens"][images], read["states"][texts], mask_TL[texts])
+            _log_odds(model, tokens_INC[images], states_TLC[texts], mask_TL[texts])
             for images, texts in zip(image_P.split(pairs), text_P.split(pairs), strict=True)
         ]
-    return torch.cat(odds).view(len(pictures), len(ids_TL)), wide(seen["image"]) @ wide(read["text"]).T
+    return torch.cat(odds).double().sigmoid().view(len(pictures), len(ids_TL))
 
 
 # --- first round ---
@@ -145,7 +143,7 @@ class _Captions:
 def _pictures(model: Any, loader: CaptionLoader, rows: int) -> _Pictures:
     tokens, embedded, numbers = [], [], []
     for batch, numbers_B, weight_B in loader.eval_pictures(rows):
-        seen = model(pictures=as_parameters(model, batch))
+        seen = model(pictures=batch)
         tokens.append(seen["tokens"].cpu())
         embedded.append(wide(seen["image"]))
         numbers.append(torch.where(weight_B > 0, numbers_B, -1))

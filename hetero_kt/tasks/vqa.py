@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hetero_kt.evaluate import evaluating, gather_rows, sum_over_ranks, world
 
@@ -39,7 +39,7 @@ def loss(model: Any, batch: Asked, label_smoothing: float = 0.0) -> Tensor:
     ids_AT, mask_AT = batch.answer_ids, batch.answer_mask
     # No token depends on those behind it, and nothing is expected behind the last.
     logits_ATV = model(
-        as_parameters(model, batch.pictures),
+        batch.pictures,
         batch.ids,
         batch.mask,
         answer_ids=ids_AT[:, :-1],
@@ -55,12 +55,6 @@ def loss(model: Any, batch: Asked, label_smoothing: float = 0.0) -> Tensor:
         label_smoothing=label_smoothing,
     ).view_as(wanted_AT)
     return (batch.weight * entropy_AT.sum(1)).sum() / len(batch.ids)
-
-
-def as_parameters(model: Any, pictures: Tensor) -> Tensor:
-    """The pictures in the type of the model's parameters."""
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return pictures if parameter is None else pictures.to(parameter.dtype)
 
 
 def evaluate(
@@ -81,7 +75,7 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
         for (pictures, ids_BL, mask_BL), samples_B, weight_B in loader.eval_batches(rows):
-            states_BLD = model(as_parameters(model, pictures), ids_BL, mask_BL)
+            states_BLD = model(pictures, ids_BL, mask_BL)
             candidates_BC = _likely(model, states_BLD, mask_BL, tokens, k)
             golds_BG, shares_BG = golds_SG[samples_B], shares_SG[samples_B]
             scores = _log_probabilities(model, states_BLD, mask_BL, tokens, torch.cat([candidates_BC, golds_BG], 1))
@@ -161,20 +155,12 @@ def rank_answers(
 
 
 def answer(
-    model: Any,
-    pictures: Tensor,
-    ids_BL: Tensor,
-    mask_BL: Tensor,
-    answers: AnswerList,
-    k: int = CANDIDATES,
-    top: int = 5,
+    model: Any, pictures: Tensor, ids_BL: Tensor, mask_BL: Tensor, answers: AnswerList, k: int = CANDIDATES
 ) -> tuple[Tensor, Tensor]:
-    """The `top` best answers to questions about pictures, best first: places in the list (B, top) and log-probabilities
-    (B, top), as `rank_answers` gives them."""
+    """The best answers to questions about pictures (B, 3, H, W), with their log-probabilities, as `rank_answers`
+    gives them."""
     with evaluating(model):
-        states_BLD = model(as_parameters(model, pictures), ids_BL, mask_BL)
-        places_BC, scores_BC = rank_answers(model, states_BLD, mask_BL, answers, k)
-    return places_BC[:, :top], scores_BC[:, :top]
+        return rank_answers(model, model(pictures, ids_BL, mask_BL), mask_BL, answers, k)
 
 
 def _likely(model: Any, states_BLD: Tensor, mask_BL: Tensor, tokens: _Tokens, k: int) -> Tensor:
