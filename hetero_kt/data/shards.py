@@ -13,7 +13,6 @@ index names are decoded, as JPEG, PNG or WebP; labels are in the index, and any 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -27,15 +26,14 @@ import numpy as np
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from hetero_kt.data.pictures import Damaged
+from hetero_kt.data.pictures import Damaged, decoded
 
 FORMAT = 1
-INDEX, ROWS = "index.json", "index.npy"
+INDEX, ROWS, NAMES = "index.json", "index.npy", "names.json"
 TABLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
 """A row per sample, in the order in which they lie in the shards: the shard's number, where the picture's bytes begin
 in it, how many they are, the class, and their checksum."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP")
 _OPEN_FILES = 64
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
@@ -76,6 +74,7 @@ class Index:
             self.classes: list[str] = [str(name) for name in index["classes"]]
             self.shards: list[dict[str, Any]] = index["shards"]
             self.origin: str = index["origin"]
+            self._names: int | None = index.get("names")
             names, sizes = [str(s["name"]) for s in self.shards], [int(s["bytes"]) for s in self.shards]
             if any(_SHARD_NAME.fullmatch(name) is None for name in names):
                 odd = next(name for name in names if _SHARD_NAME.fullmatch(name) is None)
@@ -90,6 +89,25 @@ class Index:
     def table(self) -> np.ndarray:
         """Of type TABLE; it stays in its file until it is read."""
         return np.load(self.folder / ROWS, mmap_mode="r", allow_pickle=False)
+
+    def names(self) -> list[str]:
+        """Of shards of unlabelled pictures, the file that each row was made of, by its path in their folder.
+
+        Raises:
+            ValueError: these are shards of classes, or the list of names is missing or damaged.
+        """
+        if self._names is None:
+            raise ValueError(f"{self.folder} holds labelled pictures without names: write shards of one plain folder")
+        try:
+            content = (self.folder / NAMES).read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder / NAMES} cannot be read ({error.strerror}): let hetero-kt shards write it again."
+            ) from error
+        if zlib.crc32(content) != self._names:
+            raise ValueError(f"{self.folder / NAMES} is another one: let hetero-kt shards write it again.")
+        names: list[str] = json.loads(content)
+        return names
 
     def _check_table(self, stated: dict[str, int], sizes: list[int]) -> None:
         table = self.table()
@@ -135,23 +153,19 @@ class Shards:
                     f"{lost} samples with corrupt skip."
                 )
             self._notices.append(f"{self._path(number)} {reason}: its {lost} samples are left out.")
-        self._rows = rows[~np.isin(table["shard"][rows], list(torn))]
-        if not len(self._rows):
+        self.rows = rows[~np.isin(table["shard"][rows], list(torn))]
+        """Of the index, by sample."""
+        if not len(self.rows):
             raise ValueError(f"{self.name} has no sample left ({len(torn)} of {len(index.shards)} shards are damaged).")
         self._begin()
 
     def picture(self, sample: int) -> Image.Image:
         """One picture in RGB. Raises Damaged."""
-        content = self.content(sample)
-        try:
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
-                return picture.convert("RGB")
-        except Exception as error:  # a damaged picture can raise anything
-            raise Damaged(f"{self._at(sample)} cannot be decoded ({type(error).__name__})") from error
+        return decoded(self.content(sample), self._at(sample))
 
     def content(self, sample: int) -> bytes:
         """One picture as it was encoded. Raises Damaged."""
-        where = self._table[self._rows[sample]]
+        where = self._table[self.rows[sample]]
         try:
             content = os.pread(self._file(int(where["shard"])).fileno(), int(where["length"]), int(where["offset"]))
         except OSError as error:
@@ -162,14 +176,14 @@ class Shards:
 
     def place(self, sample: int) -> str:
         """The shard that holds the sample."""
-        return str(self._path(int(self._table[self._rows[sample]]["shard"])))
+        return str(self._path(int(self._table[self.rows[sample]]["shard"])))
 
     def fingerprint(self) -> dict[str, Any]:
         """How many samples, and checksums of the index (which has those of every picture) and of the rows in use."""
         return {
-            "samples": len(self._rows),
+            "samples": len(self.rows),
             "index": self._index.checksum,
-            "rows": zlib.crc32(self._rows.tobytes()),
+            "rows": zlib.crc32(self.rows.tobytes()),
         }
 
     def notices(self) -> list[str]:
@@ -187,7 +201,7 @@ class Shards:
     def _begin(self) -> None:
         self._table = self._index.table()
         self._file = lru_cache(_OPEN_FILES)(self._open)
-        self.labels = self._table["label"][self._rows].astype(np.int64)
+        self.labels = self._table["label"][self.rows].astype(np.int64)
 
     def _open(self, number: int) -> BinaryIO:
         return self._path(number).open("rb", buffering=0)
@@ -205,4 +219,4 @@ class Shards:
         return "" if size == stated else f"has {size:,} bytes instead of {stated:,}"
 
     def _at(self, sample: int) -> str:
-        return f"the picture at byte {self._table[self._rows[sample]]['offset']}"
+        return f"the picture at byte {self._table[self.rows[sample]]['offset']}"

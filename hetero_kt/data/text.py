@@ -199,11 +199,67 @@ class TextLoader:
         """Nothing to end."""
 
     def _width(self, samples: np.ndarray) -> int:
-        longest = int(self.rows.lengths[samples].max())
-        return min(math.ceil(longest / PAD_TO) * PAD_TO, self.rows.longest)
+        return padded_width(int(self.rows.lengths[samples].max()), self.rows.longest)
 
     def _tensors(self, arrays: tuple[np.ndarray, ...]) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
+        return tuple(moved(array, self.device) for array in arrays)
+
+
+def moved(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor on the device; a GPU fetches it by itself, and nothing waits for that."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Sentences:
+    """Short texts as rows for a loader, [CLS] text [SEP], cut behind `length` tokens: ids and mask (B, L)."""
+
+    classes = 0
+
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, length: int, name: str) -> None:
+        """
+        Raises:
+            ValueError: rows without room for text.
+        """
+        if length < 3:
+            raise ValueError(f"rows of {length} tokens hold no text: use 40, for example")
+        ids, bounds = joined([one.ids[: length - 2] for one in tokenizer.encode(texts)])
+        # Special tokens are put in once for all: a row is then one slice.
+        starts = bounds[:-1] + 2 * np.arange(len(texts))
+        self._bounds = bounds + 2 * np.arange(len(texts) + 1)
+        self._ids = np.full(self._bounds[-1], tokenizer.cls, np.int32)
+        self._ids[self._bounds[1:] - 1] = tokenizer.sep
+        inside = np.ones(len(self._ids), bool)
+        inside[starts] = inside[self._bounds[1:] - 1] = False
+        self._ids[inside] = ids
+        self.name, self.longest, self.lengths = name, length, np.diff(self._bounds)
+        self._pad, self._digest = tokenizer.pad, tokenizer.digest
+
+    def take(
+        self, samples_B: np.ndarray, width: int, random_B: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The texts' ids and mask (B, width), int64; what is behind `width` tokens is cut off."""
+        places_BL = self._bounds[samples_B, None] + np.arange(width)
+        mask_BL = np.arange(width) < self.lengths[samples_B, None]
+        ids_BL = self._ids[np.where(mask_BL, places_BL, 0)]
+        return np.where(mask_BL, ids_BL, self._pad).astype(np.int64), mask_BL.astype(np.int64)
+
+    def width(self, samples: np.ndarray) -> int:
+        """Tokens of a batch that holds these texts: a multiple of 8, unless that is more than any row has."""
+        return padded_width(int(self.lengths[samples].max()), self.longest)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """How many texts there are, and a checksum of their tokens."""
+        return {"samples": len(self.lengths), "tokens": cache.key(self._digest, self._ids.tobytes(), self.longest)}
+
+    def notices(self) -> list[str]:
+        """Nothing is left out."""
+        return []
+
+
+def padded_width(longest: int, most: int) -> int:
+    """Tokens of a batch whose longest row has `longest` of them: a multiple of 8, but at most `most`."""
+    return min(math.ceil(longest / PAD_TO) * PAD_TO, most)
 
 
 def blank(rows: int, width: int, pad: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

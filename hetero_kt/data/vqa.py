@@ -1,0 +1,446 @@
+"""Questions about pictures (VQA) and the loader that draws batches of them.
+
+A set's folder holds one of these:
+
+- VQA v2 as it is published: `v2_OpenEnded_mscoco_train2014_questions.json`, `v2_mscoco_train2014_annotations.json`
+  and the same for val2014, with COCO's pictures in `train2014/` and `val2014/`, as files or as shards
+- Parquet files `train*.parquet` and `test*.parquet` or `val*.parquet` with the columns `image`, `image_id`, and
+  `vqa_v2` (question_id, question, answers and answer_type of each question) or `qa` (question and answer)
+
+Which answers can be given at all is read from `answer_list.json`, a list of texts, or counted: the answers that most
+annotators of the training questions gave, of those questions alone that the run trains on.
+
+Shape suffixes: B rows of this rank, L tokens of a question, A answers of a batch's questions, T tokens of an answer,
+K answers of the list.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_kt.config import Data
+from hetero_kt.data import GENERATED, cache
+from hetero_kt.data.gallery import (
+    Folders,
+    Gallery,
+    Shown,
+    Stamped,
+    Tables,
+    columns,
+    counted,
+    examples,
+    kept,
+    laid_out,
+    read_json,
+    schema,
+    stamped,
+    tables,
+    without_missing,
+)
+from hetero_kt.data.order import Order
+from hetero_kt.data.pictures import PictureLoader
+from hetero_kt.data.shards import local
+from hetero_kt.data.text import Sentences, Tokenizer, joined, moved
+
+KINDS = ("yes/no", "number", "other")
+ANSWER_LIST = "answer_list.json"
+_OFFICIAL = ("v2_OpenEnded_mscoco_{}2014_questions.json", "v2_mscoco_{}2014_annotations.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question about one picture."""
+
+    id: str
+    image: str
+    """Key of the picture."""
+    text: str
+    answers: tuple[str, ...]
+    """One for each annotator."""
+    kind: str
+    """One of KINDS."""
+
+
+@dataclass(frozen=True)
+class AnswerList:
+    """The answers that can be given, tokenised: [CLS] answer [SEP]."""
+
+    texts: list[str]
+    ids: np.ndarray
+    """(K, T), int64, padded."""
+    mask: np.ndarray
+    """(K, T), int64."""
+
+
+def answer_list(texts: Sequence[str], tokenizer: Tokenizer, length: int = 40) -> AnswerList:
+    """The list of these answers; of an answer longer than `length` tokens the rest is cut off."""
+    sentences = Sentences(texts, tokenizer, length, "answers")
+    ids, mask = sentences.take(np.arange(len(texts)), int(sentences.lengths.max(initial=0)))
+    return AnswerList(list(texts), ids, mask)
+
+
+class Asked(NamedTuple):
+    """A batch of questions with the different answers that each was given."""
+
+    pictures: Tensor
+    """(B, 3, H, W)."""
+    ids: Tensor
+    """(B, L), int64: [CLS] question [SEP]."""
+    mask: Tensor
+    """(B, L), int64."""
+    answer_ids: Tensor
+    """(A, T), int64: [CLS] answer [SEP]."""
+    answer_mask: Tensor
+    """(A, T), int64."""
+    weight: Tensor
+    """(A,), share of the question's annotators who gave the answer."""
+    owner: Tensor
+    """(A,), int64, the row that the answer belongs to; ascending."""
+    counts: tuple[int, ...]
+    """Answers of each row."""
+
+    def split(self, rows: int) -> list[Asked]:
+        """The batch in pieces of `rows` questions each, without waiting for the device."""
+        pieces, first = [], 0
+        for row in range(0, len(self.counts), rows):
+            own, counts = slice(row, row + rows), self.counts[row : row + rows]
+            last = first + sum(counts)
+            pieces.append(
+                Asked(
+                    self.pictures[own],
+                    self.ids[own],
+                    self.mask[own],
+                    self.answer_ids[first:last],
+                    self.answer_mask[first:last],
+                    self.weight[first:last],
+                    self.owner[first:last] - row,
+                    counts,
+                )
+            )
+            first = last
+        return pieces
+
+
+class QuestionLoader:
+    """One rank's share of the global batches of questions, each with its picture, in the order of `Order`.
+
+    A batch is a function of its step. Questions are padded to the longest of the global batch, so that all ranks'
+    rows are of one width; where a damaged picture made another question take a row, what is longer is cut off.
+
+    Attributes:
+        answers: those that can be given; answers of training questions need not be among them.
+        questions: by sample number.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        gallery: Gallery,
+        answers: AnswerList,
+        tokenizer: Tokenizer,
+        config: Data,
+        *,
+        name: str,
+        train: bool,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        notices: Sequence[str] = (),
+    ) -> None:
+        """`notices` tell what was left out before.
+
+        Raises:
+            ValueError: no questions, a batch that does not divide over the ranks, or settings that timm refuses.
+        """
+        self.questions, self.answers = questions, answers
+        self._shown = Shown(name, gallery, [question.image for question in questions], len(answers.texts))
+        self._pictures = PictureLoader(
+            self._shown,
+            config.batch,
+            seed,
+            config.transform,
+            config.image_size,
+            rank,
+            world,
+            device,
+            workers=config.workers,
+            corrupt=config.corrupt,
+        )
+        self.name, self.samples, self.classes = name, len(questions), len(answers.texts)
+        self.global_batch, self.steps_per_epoch = config.batch, self._pictures.steps_per_epoch
+        self.mean, self.std, self.device = self._shown.mean, self._shown.std, self._pictures.device
+        self._whole = Order(name, self.samples, config.batch, seed)  # of all ranks
+        self._sentences = Sentences([question.text for question in questions], tokenizer, config.text.length, name)
+        different = sorted({answer for question in questions for answer in question.answers})
+        self._answers = Sentences(different, tokenizer, config.text.length, name)
+        numbers = {answer: number for number, answer in enumerate(different)}
+        votes = [Counter(filter(str.strip, question.answers)) for question in questions]
+        self._given, self._bounds = joined([np.array([numbers[a] for a in vote], np.int32) for vote in votes])
+        annotators = [len(question.answers) for question in questions]
+        self._shares, _ = joined(
+            [np.array([*v.values()]) / n for v, n in zip(votes, annotators, strict=True)], np.float32
+        )
+        self._notices = list(notices)
+        if not train:
+            self._notices += self._unanswerable()
+        self._rank, self._world, self._seed = rank, world, seed
+
+    def batch(self, step: int) -> Asked:
+        """This rank's rows of the global batch of `step`.
+
+        Raises:
+            ValueError: a damaged picture, where those are to end the run, or no sound one to replace it.
+        """
+        pictures, drawn = self._pictures.draw(step)
+        samples_B = drawn.numpy()
+        ids, mask = self._sentences.take(samples_B, self._sentences.width(self._whole.rows(step)[1]))
+        counts_B = self._bounds[samples_B + 1] - self._bounds[samples_B]
+        places_A = np.concatenate([np.arange(self._bounds[s], self._bounds[s + 1]) for s in samples_B])
+        given_A = self._given[places_A]
+        answer_ids, answer_mask = self._answers.take(given_A, int(self._answers.lengths[given_A].max()))
+        owner_A = np.repeat(np.arange(len(samples_B)), counts_B)
+        return Asked(
+            pictures,
+            moved(ids, self.device),
+            moved(mask, self.device),
+            moved(answer_ids, self.device),
+            moved(answer_mask, self.device),
+            moved(self._shares[places_A], self.device),
+            moved(owner_A, self.device),
+            tuple(counts_B.tolist()),
+        )
+
+    def eval_batches(self, rows: int) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]]:
+        """This rank's share of every question exactly once: pictures (B, 3, H, W), ids and mask (B, L); which samples
+        the rows are (B,), int64; and their weights (B,).
+
+        Every rank yields equally many batches of equal shape, at most `rows` rows each; rows that fill up, and
+        those whose picture cannot be read, have weight 0, all others 1.
+
+        Raises:
+            ValueError: a damaged picture, where those are to end the run.
+        """
+        orders = [Order(self.name, self.samples, self._world, self._seed, r, self._world) for r in range(self._world)]
+        turns = zip(*(order.in_turn(rows) for order in orders), strict=True)
+        for of_ranks, (pictures, numbers, weight) in zip(turns, self._pictures.eval_batches(rows), strict=True):
+            width = self._sentences.width(np.concatenate([samples for samples, _ in of_ranks]))
+            ids, mask = self._sentences.take(of_ranks[self._rank][0], width)
+            yield (pictures, moved(ids, self.device), moved(mask, self.device)), numbers, weight
+
+    def fingerprint(self) -> dict[str, Any]:
+        """How many questions there are, and checksums of pictures, questions, answers and tokens."""
+        texts = [f"{q.id}\t{q.text}\t{q.kind}\t{'|'.join(q.answers)}" for q in self.questions]
+        return {
+            **self._shown.fingerprint(),
+            "samples": self.samples,
+            "questions": cache.key("\n".join(texts)),
+            "answers": cache.key(self.answers.texts),
+            "tokens": self._sentences.fingerprint()["tokens"],
+        }
+
+    def notices(self) -> list[str]:
+        """What was left out on this rank since the start, and what cannot be answered; a sentence each."""
+        return [*self._notices, *self._pictures.notices()]
+
+    def throughput(self) -> dict[str, float]:
+        """See `PictureLoader.throughput`."""
+        return self._pictures.throughput()
+
+    def close(self) -> None:
+        """End the workers; a later batch starts others."""
+        self._pictures.close()
+
+    def _unanswerable(self) -> list[str]:
+        known = set(self.answers.texts)
+        lost = [question.id for question in self.questions if known.isdisjoint(question.answers)]
+        if not lost:
+            return []
+        what = f"{counted(len(lost), 'question')} of {self.samples:,} cannot be answered rightly"
+        return [f"{self.name}: {what}, since no answer is in the list of {self.classes:,} ({examples(lost)})."]
+
+
+# --- the parts of a set ---
+
+
+def vqa(
+    config: Data,
+    data_dir: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    train: bool,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+) -> QuestionLoader:
+    """The questions to train on, or those to evaluate on, of the set in `config.folder` below `data_dir`.
+
+    Evaluation takes the validation set of VQA v2, of Parquet files the test set (or where there is none, the validation
+    set), and with `config.validation` that fraction of the training pictures. Questions without an answer are
+    left out; so are those whose picture is missing, unless that is to end the run.
+
+    Raises:
+        ValueError: data that is missing, damaged or laid out differently, or settings that do not fit it.
+    """
+    of_training = train or config.validation > 0
+    part = _part(config, data_dir, train=of_training)
+    asked = list(part.questions)
+    if of_training:
+        asked = _chosen(asked, config, train=train)
+    answered = [question for question in asked if any(map(str.strip, question.answers))]
+    notices = []
+    if len(answered) < len(asked):
+        lost = [question.id for question in asked if not any(map(str.strip, question.answers))]
+        notices.append(f"{part.name}: {counted(len(lost), 'question')} without an answer left out ({examples(lost)}).")
+    if not answered:
+        raise ValueError(f"{part.name} holds no question with an answer: name another folder with --data.NAME.folder")
+    keys = list(dict.fromkeys(question.image for question in answered))
+    gallery = part.open(keys)
+    there, missing = without_missing(keys, gallery, part.name, config.corrupt)
+    training = answered if train else _chosen(_part(config, data_dir, train=True).questions, config, train=True)
+    return QuestionLoader(
+        [question for question in answered if question.image in there],
+        gallery,
+        answer_list(part.listed or _most_frequent(training, config.answers), tokenizer, config.text.length),
+        tokenizer,
+        config,
+        name=part.name,
+        train=train,
+        seed=seed,
+        rank=rank,
+        world=world,
+        device=device,
+        notices=notices + missing,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part of a set as it is written."""
+
+    name: str
+    questions: Sequence[Question]
+    open: Callable[[Sequence[str]], Gallery]
+    """Its pictures, given the keys that are wanted."""
+    listed: list[str]
+    """The answers of answer_list.json; empty without one."""
+
+
+def _part(config: Data, data_dir: str | Path, *, train: bool) -> _Part:
+    if config.text.tokenizer == GENERATED:
+        from hetero_kt.data import world  # which speaks of questions itself
+
+        return _Part(GENERATED, world.questions(train), lambda keys: world.World(train), [])
+    folder = local(data_dir, "--data-dir") / local(config.folder, "--data.NAME.folder")
+    listed = _listed(folder / ANSWER_LIST)
+    official = "train" if train else "val"
+    json_files = [folder / name.format(official) for name in _OFFICIAL]
+    if any(file.is_file() for file in json_files):
+        questions = _official(official, *map(stamped, json_files))
+        root = folder / "images" if (folder / "images").is_dir() else folder
+        return _Part(str(folder), questions, lambda keys: Folders(root, keys, config.corrupt), listed)
+    if files := tables(folder, train=train):
+        of_files = [_from_parquet(stamped(file)) for file in files]
+        every = [key for _, keys in of_files for key in keys]
+        asked = [question for questions, _ in of_files for question in questions]
+        return _Part(str(folder), asked, lambda keys: Tables(files, every), listed)
+    raise ValueError(
+        f"{folder} holds no questions about pictures: name one with {' and '.join(f.name for f in json_files)}, or with"
+        f" {'train' if train else 'test or validation'}*.parquet, with --data-dir and --data.NAME.folder"
+    )
+
+
+def _chosen(questions: Sequence[Question], config: Data, *, train: bool) -> list[Question]:
+    images = kept((q.image for q in questions), config.validation, config.fraction, train=train)
+    return [question for question in questions if question.image in images]
+
+
+def _most_frequent(questions: Sequence[Question], most: int) -> list[str]:
+    """Answers by how many annotators gave them; of equals, the first in the alphabet."""
+    votes = Counter(answer for question in questions for answer in question.answers if answer.strip())
+    return [answer for answer, _ in sorted(votes.items(), key=lambda item: (-item[1], item[0]))[:most]]
+
+
+def _listed(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
+    texts = read_json(file)
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise ValueError(f"{file} is no list of answers: write one, or remove the file to have them counted")
+    if len(set(texts)) < len(texts):
+        twice = next(text for text, count in Counter(texts).items() if count > 1)
+        raise ValueError(f"{file} has {twice!r} twice: remove one of them")
+    return texts
+
+
+# --- files ---
+
+
+@lru_cache(maxsize=2)
+def _official(part: str, questions: Stamped, annotations: Stamped) -> list[Question]:
+    """The questions of VQA v2's `train` or `val`, in the order of their file."""
+    known: dict[str, str] = {}  # texts that many say are kept once
+    answers: dict[int, tuple[int, str, tuple[str, ...]]] = {}
+    with laid_out(annotations[0], "VQA v2's annotations"):
+        for entry in read_json(annotations[0])["annotations"]:
+            given = tuple(known.setdefault(one["answer"], one["answer"]) for one in entry["answers"])
+            answers[entry["question_id"]] = entry["image_id"], _kind(entry["answer_type"]), given
+    found, foreign = [], ""
+    with laid_out(questions[0], "VQA v2's questions"):
+        for entry in read_json(questions[0])["questions"]:
+            number, image, text = entry["question_id"], entry["image_id"], entry["question"].strip()
+            about, kind, given = answers.pop(number, (image, "other", ()))
+            if about != image:
+                foreign = f"question {number} is about picture {image} here and about {about} there"
+            key = f"{part}2014/COCO_{part}2014_{image:012d}.jpg"
+            found.append(Question(str(number), known.setdefault(key, key), text, given, kind))
+    if answers:
+        foreign = f"{counted(len(answers), 'question')} there are not here, {next(iter(answers))} for example"
+    if foreign:
+        raise ValueError(
+            f"{questions[0]} and the annotations of {annotations[0].name} do not belong together ({foreign}): fetch"
+            f" both again"
+        )
+    return found
+
+
+@lru_cache(maxsize=64)
+def _from_parquet(file: Stamped) -> tuple[list[Question], list[str]]:
+    """The questions of a file, and the keys of all its rows."""
+    path = file[0]
+    of_daquar = "qa" in schema(path)
+    rows = columns(path, ["image_id", "qa" if of_daquar else "vqa_v2"]).to_pylist()
+    with laid_out(path, "questions about pictures"):
+        return [q for row in rows for q in (_of_daquar if of_daquar else _of_coco)(row)], [
+            str(row["image_id"]) for row in rows
+        ]
+
+
+def _of_coco(row: dict[str, Any]) -> Iterator[Question]:
+    for one in row["vqa_v2"] or ():
+        kind, answers = _kind(one["answer_type"]), tuple(map(str, one["answers"] or ()))
+        yield Question(str(one["question_id"]), str(row["image_id"]), one["question"].strip(), answers, kind)
+
+
+def _of_daquar(row: dict[str, Any]) -> Iterator[Question]:
+    """One annotator answered; several things are one answer."""
+    for number, one in enumerate(row["qa"] or ()):
+        answer = one["answer"] or ""
+        kind = "number" if answer.isdecimal() else "other"
+        yield Question(f"{row['image_id']}-{number}", str(row["image_id"]), one["question"].strip(), (answer,), kind)
+
+
+def _kind(name: str) -> str:
+    if name not in KINDS:
+        raise ValueError(f"{name!r} is no answer_type")
+    return name
