@@ -5,6 +5,7 @@ Shape suffix: B rows of this rank.
 
 from __future__ import annotations
 
+import io
 import random
 import time
 from collections import defaultdict
@@ -30,6 +31,7 @@ from hetero_kt.data.workers import Stream, usable
 
 _AUGMENT, _REPLACE = 3, 4
 _REPLACEMENTS = 32  # samples tried in a damaged one's place before the set counts as lost
+_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class Unreadable(ValueError):
@@ -40,15 +42,29 @@ class Damaged(Exception):
     """A sample that cannot be read, and why, without a full stop."""
 
 
-class Source(Protocol):
+def decoded(content: bytes, name: str) -> Image.Image:
+    """A picture in RGB from a JPEG, PNG or WebP file's bytes; `name` is what messages call it. Raises Damaged."""
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
+            return picture.convert("RGB")
+    except Exception as error:  # a damaged picture can raise anything
+        raise Damaged(f"{name} cannot be decoded ({type(error).__name__})") from error
+
+
+class Statistics(Protocol):
+    """Mean and deviation of a set's channels, of pixels in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Source(Statistics, Protocol):
     """Labelled pictures, read one at a time and from any process."""
 
     name: str
     labels: np.ndarray
     """(S,), int64."""
     classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
     def picture(self, sample: int) -> Image.Image:
         """One sample in RGB. Raises Damaged."""
@@ -140,6 +156,13 @@ class PictureLoader:
         Raises:
             ValueError: a damaged sample, where those are to end the run, or no sound one to replace it.
         """
+        pictures, labels = self.draw(step)
+        labels = self._move(labels)
+        return self._mixer(pictures, labels, step) if self._mixer else (pictures, labels)
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor]:
+        """As `batch`, but nothing is mixed, and the labels (B,) stay in the host's memory: for what is looked up by
+        them there."""
         started = time.perf_counter()
         if self._stream is None or self._stream.position != step:
             self.close()
@@ -148,8 +171,7 @@ class PictureLoader:
         self._waited += time.perf_counter() - started
         self._steps += 1
         self._note(drawn)
-        pictures, labels = self._move(drawn.pictures), self._move(drawn.labels)
-        return self._mixer(pictures, labels, step) if self._mixer else (pictures, labels)
+        return self._move(drawn.pictures), drawn.labels
 
     def eval_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's share of every sample exactly once, not augmented: pictures, labels and weights (B,).
@@ -177,11 +199,11 @@ class PictureLoader:
 
     def notices(self) -> list[str]:
         """What was left out on this rank since the start, by file, and how often workers were lost; a sentence each."""
-        damaged: dict[str, list[str]] = defaultdict(list)
+        damaged: dict[str, dict[str, None]] = defaultdict(dict)  # by reason: several samples may show one picture
         for sample, reason in sorted(self._bad.items()):
-            damaged[self._source.place(sample)].append(reason)
+            damaged[self._source.place(sample)][reason] = None
         texts = [
-            f"{place}: {len(reasons)} damaged picture{'s' * (len(reasons) > 1)} left out ({_shortened(reasons)})."
+            f"{place}: {len(reasons)} damaged picture{'s' * (len(reasons) > 1)} left out ({_shortened(list(reasons))})."
             for place, reasons in damaged.items()
         ]
         deaths = self._deaths + (self._stream.restarts if self._stream else 0)
@@ -330,7 +352,7 @@ class _Transformed:
     with the same operations in another memory order (three times as fast); the others are timm's own.
     """
 
-    def __init__(self, transform: Transform, image_size: int, source: Source, training: bool) -> None:
+    def __init__(self, transform: Transform, image_size: int, source: Statistics, training: bool) -> None:
         """
         Raises:
             ValueError: settings that timm refuses.
@@ -352,7 +374,14 @@ class _Transformed:
             step(place)
 
 
-def _timms(transform: Transform, image_size: int, source: Source, training: bool) -> list[Any]:
+def shown(picture: Image.Image, transform: Transform, image_size: int, like: Statistics) -> Tensor:
+    """What a model sees of a picture in evaluation: (3, H, W), float32, normalised as its training set was."""
+    place = _batch(1, image_size)[0]
+    _Transformed(transform, image_size, like, training=False).into(place, picture)
+    return place
+
+
+def _timms(transform: Transform, image_size: int, source: Statistics, training: bool) -> list[Any]:
     """The steps from an RGB picture to (3, H, W), float32. Raises ValueError for settings that timm refuses."""
     if len(transform.scale) != 2 or not 0 < transform.scale[0] <= transform.scale[1] <= 1:
         raise ValueError(
@@ -381,7 +410,8 @@ def _timms(transform: Transform, image_size: int, source: Source, training: bool
             interpolation="bicubic",
             mean=source.mean,
             std=source.std,
-            crop_pct=transform.crop_fraction,
+            crop_pct=1.0 if transform.squash else transform.crop_fraction,
+            crop_mode="squash" if transform.squash else "center",
         )
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
