@@ -328,9 +328,9 @@ class _Bert(nn.Module):
 
     def read(self, ids_BL: Tensor, mask_BL: Tensor, *, again: bool = False) -> Tensor:
         """States (B, L, C) of a text alone."""
-        x_BLC = self.embeddings(input_ids=ids_BL)
+        x_BLC, mask = self.embeddings(input_ids=ids_BL), _over_keys(mask_BL)
         for layer in list(self.layers)[: self.alone]:
-            x_BLC = _run(again, layer, x_BLC, _over_keys(mask_BL))
+            x_BLC = _run(again, layer, x_BLC, mask)
         return x_BLC
 
     def look(
@@ -343,8 +343,9 @@ class _Bert(nn.Module):
         again: bool = False,
     ) -> Tensor:
         """States (B, L, C) that have looked at `seen` (S, N, C), row by row or at the row `owner_B` (B,)."""
+        mask = _over_keys(mask_BL)
         for layer in list(self.layers)[self.alone :]:
-            states_BLC = _run(again, layer, states_BLC, _over_keys(mask_BL), seen, None, owner=owner_B)
+            states_BLC = _run(again, layer, states_BLC, mask, seen, None, owner=owner_B)
         return states_BLC
 
 

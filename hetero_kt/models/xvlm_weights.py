@@ -366,7 +366,7 @@ def _count(keys: Sequence[str] | Mapping[str, Tensor], stem: str) -> int:
 def _every_second(option: str, tensors: Mapping[str, Tensor], stem: str, layers: int) -> dict[str, Tensor]:
     """`tensors` with their layers as they are or, where these are twice as many, the 2nd, 4th, ... renumbered."""
     there = _count(tensors, stem)
-    if there == layers:
+    if there == layers or not (there and layers):  # none at all: a model of another kind, which its names will tell
         return dict(tensors)
     if there != 2 * layers:
         raise ValueError(f"{option}, which has {there} layers: give weights of {layers} or {2 * layers}")
