@@ -11,19 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hetero_kt.data.captions import CaptionLoader
 from hetero_kt.evaluate import evaluating, gather_rows, sum_over_ranks, world
 from hetero_kt.nn.losses.alignment import itc, itm
 from hetero_kt.nn.losses.precision import wide
-
-if TYPE_CHECKING:
-    from hetero_kt.data.captions import CaptionLoader
 
 CANDIDATES = 256
 """Of each picture and of each caption, that the second round scores."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hetero_kt.data.vqa import AnswerList, Asked, Question, QuestionLoader
 from hetero_kt.evaluate import evaluating, gather_rows, sum_over_ranks, world
-
-if TYPE_CHECKING:
-    from hetero_kt.data.vqa import AnswerList, Asked, Question, QuestionLoader
+from hetero_kt.nn.losses.precision import wide
 
 CANDIDATES = 128
 """Answers of the list that are scored in full for each question."""
@@ -48,7 +47,7 @@ def loss(model: Any, batch: Asked, label_smoothing: float = 0.0) -> Tensor:
     )
     wanted_AT = ids_AT[:, 1:].masked_fill(mask_AT[:, 1:] == 0, _UNCOUNTED)
     entropy_AT = F.cross_entropy(
-        logits_ATV.float().flatten(0, 1),
+        wide(logits_ATV).flatten(0, 1),
         wanted_AT.flatten(),
         ignore_index=_UNCOUNTED,
         reduction="none",
@@ -130,7 +129,12 @@ class _Tokens(NamedTuple):
 
 @torch.no_grad()
 def rank_answers(
-    model: Any, states_BLD: Tensor, mask_BL: Tensor, answers: AnswerList, k: int = CANDIDATES
+    model: Any,
+    states_BLD: Tensor,
+    mask_BL: Tensor,
+    answers: AnswerList,
+    k: int = CANDIDATES,
+    most: int = _TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """The `k` answers of the list that are most probable by their first token, the most probable as a whole first:
     their places in the list (B, k), int64, and their log-probabilities (B, k) in nats, float32 at least.
@@ -146,10 +150,11 @@ def rank_answers(
     Args:
         states_BLD: what the model gives for pictures and questions.
         mask_BL: of the questions' tokens.
+        most: tokens of answers in one forward of the decoder, which changes nothing but memory and speed.
     """
     tokens = _Tokens.of(answers, states_BLD.device)
     candidates_BC = _likely(model, states_BLD, mask_BL, tokens, k)
-    scores_BC = _log_probabilities(model, states_BLD, mask_BL, tokens, candidates_BC)
+    scores_BC = _log_probabilities(model, states_BLD, mask_BL, tokens, candidates_BC, most)
     scores_BC, order_BC = scores_BC.sort(dim=1, descending=True, stable=True)
     return candidates_BC.gather(1, order_BC), scores_BC
 
@@ -173,7 +178,7 @@ def _likely(model: Any, states_BLD: Tensor, mask_BL: Tensor, tokens: _Tokens, k:
     logits_B1V = model(
         states=states_BLD, mask=mask_BL, answer_ids=start_B1, answer_mask=torch.ones_like(start_B1), owner=owner_B
     )
-    first_BK = logits_B1V[:, 0].float()[:, tokens.ids_KT[:, 1]]
+    first_BK = wide(logits_B1V[:, 0])[:, tokens.ids_KT[:, 1]]
     return first_BK.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
 
 
@@ -199,7 +204,8 @@ def _log_probabilities(
             answer_ids=ids_AT[:, :-1],
             answer_mask=mask_AT[:, :-1],
             owner=owner_R[piece],
-        ).float()
+        )
+        logits_ATV = wide(logits_ATV)
         token_AT = logits_ATV.gather(2, ids_AT[:, 1:, None]).squeeze(2) - logits_ATV.logsumexp(2)
         scores.append(token_AT.masked_fill(mask_AT[:, 1:] == 0, 0.0).sum(1))
     found_R = torch.cat(scores)
