@@ -163,15 +163,16 @@ class _Filling:
         """The decoder's layers from the encoder's cross layers, and its embeddings, unless it has its own."""
         if self.decoder_given:
             return
+        words = self.own[f"{TEXT}embeddings.word_embeddings.weight"]
+        wider = self.model.vision_width != words.shape[1]
         for name, tensor in self.own.items():
             body = name.removeprefix(f"{DECODER}bert.")
-            if body == name:
+            if body == name or (wider and re.search(r"\.crossattention\.self\.(key|value)\.", name)):
                 continue
             origin = TEXT + re.sub(r"layer\.(\d+)", lambda found: f"layer.{int(found[1]) + self.alone}", body)
-            if self.own[origin].shape == tensor.shape:
-                tensor.copy_(self.own[origin])
-                if origin in self.taken:
-                    self.taken.append(name)
+            tensor.copy_(self.own[origin])
+            if origin in self.taken:
+                self.taken.append(name)
 
     def _take_predictions(self, found: Mapping[str, Tensor], prefix: str) -> set[str]:
         """The language model's head of a BERT, where all of it is there; the names that were used, with `prefix`."""
