@@ -390,6 +390,16 @@ def test_pairs_stand_in_the_stated_order():
         assert torch.allclose(alone[0], model.itm_head[3](hidden), atol=1e-6)
 
 
+def test_many_texts_look_at_one_picture():
+    model = made("retrieval").eval()
+    pictures, ids, mask = batch()
+    tokens, states = model(pictures)["tokens"], model(ids=ids, mask=mask)["states"]
+    owner = torch.tensor([2, 0, 2, 2])
+    once = model(tokens=tokens, states=states, mask=mask, owner=owner)["match"]
+    assert torch.allclose(once, model(tokens=tokens[owner], states=states, mask=mask)["match"], atol=1e-6)
+    assert not torch.allclose(once, model(tokens=tokens, states=states, mask=mask)["match"], atol=1e-4)
+
+
 def test_one_modality_gives_what_both_together_give():
     model = made("retrieval").eval()
     pictures, ids, mask = batch()

@@ -232,12 +232,13 @@ class Retrieval(_XVLM):
         negatives: tuple[Tensor, Tensor] | None = None,
         tokens: Tensor | None = None,
         states: Tensor | None = None,
+        owner: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What is asked for by what is given:
 
             pictures (B, 3, H, W)           "tokens" (B, N, C), "image" (B, 256)
             ids and mask (B, L)             "states" (B, L, C), "text" (B, 256)
-            tokens, states and mask         "match" (P, 2) of pairs row by row; class 1 is "fits"
+            tokens, states and mask         "match" (P, 2) of pairs, one for each row of states; class 1 is "fits"
             pictures, ids, mask and groups  "image", "text", "temperature" (), and "match" (3B, 2): the B pairs, then
                                             each picture with a text that does not fit, then each text with a picture
                                             that does not
@@ -248,9 +249,11 @@ class Retrieval(_XVLM):
             groups: (B,), int64: which picture each row shows; rows of one picture are never each other's negatives.
             negatives: (picture of each text, text of each picture), int64 places in the batch, or in that of all
                 ranks where negatives are `gathered`; None draws them (`alignment.hard_negatives`).
+            owner: (P,), int64: the row of `tokens` that each row of `states` looks at, so that what is computed of a
+                picture alone is computed once; None where they belong row by row.
         """
         if tokens is not None and states is not None and mask is not None:
-            return {"match": self._match(tokens, states, mask)}
+            return {"match": self._match(tokens, states, mask, owner)}
         found: dict[str, Tensor] = {}
         if pictures is not None:
             tokens = self.see(pictures)
