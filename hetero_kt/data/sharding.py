@@ -1,4 +1,4 @@
-"""Writing webdataset shards from a tree of class folders, or from Parquet files.
+"""Writing webdataset shards from a tree of class folders, from Parquet files, or from a plain folder of pictures.
 
 The shards are a function of the input and the shard size alone: their pictures' order is drawn once, so that every
 shard holds all classes, and each is written by itself. So several processes write at once, and a run that was killed
@@ -18,6 +18,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hetero_kt.data import counter
-from hetero_kt.data.shards import FORMAT, INDEX, ROWS, TABLE, Index, local
+from hetero_kt.data.shards import FORMAT, INDEX, NAMES, ROWS, TABLE, Index, local
 from hetero_kt.data.workers import context
 from hetero_kt.messages import first_line
 
@@ -75,14 +76,38 @@ def write(
     """
     parts = _parts(local(source, "input"), [local(name, "--validation") for name in validation])
     folder, limit = local(out, "output"), _limit(shard_size)
+    with _running(out, workers, quiet) as run:
+        classes = parts["train"].classes()
+        return [_write_part(folder / name, name, part, classes, limit, run) for name, part in parts.items()]
+
+
+def write_plain(source: str, out: str, *, shard_size: str = "256MB", workers: int = 1, quiet: bool = False) -> Written:
+    """Shards in `out` of the pictures that lie in the folder `source` itself, without labels: they keep their names,
+    by which questions and captions speak of them.
+
+    Raises:
+        ValueError: as for `write`.
+    """
+    folder, limit = local(out, "output"), _limit(shard_size)
+    part = _PlainFolder(local(source, "input"))
+    with _running(out, workers, quiet) as run:
+        return _write_part(folder, folder.name, part, part.classes(), limit, run)
+
+
+def is_plain(source: str) -> bool:
+    """Whether pictures lie in the folder itself, so that `write_plain` is meant and not `write`."""
+    folder = local(source, "input")
+    return folder.is_dir() and any(_is_picture(entry.name) for entry in os.scandir(folder))
+
+
+@contextmanager
+def _running(out: str, workers: int, quiet: bool) -> Iterator[_Run]:
     if workers < 1:
         raise ValueError(f"--workers {workers} is no number of processes: use 1 or more.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, disable=quiet) as progress:
-            run = _Run(min(workers, 1 if multiprocessing.current_process().daemon else workers), progress)
-            classes = parts["train"].classes()
-            return [_write_part(folder / name, name, part, classes, limit, run) for name, part in parts.items()]
+            yield _Run(min(workers, 1 if multiprocessing.current_process().daemon else workers), progress)
     except OSError as error:
         raise ValueError(
             f"{error.filename or out} cannot be used ({error.strerror}): mend that and run the same command again."
@@ -106,6 +131,8 @@ class _Samples:
     offsets: np.ndarray
     lengths: np.ndarray
     labels: np.ndarray
+    named: bool = False
+    """Files are known by their names and have no labels."""
 
 
 class _ClassFolders:
@@ -134,6 +161,28 @@ class _ClassFolders:
     def identity(self) -> Iterator[str]:
         for found in self._files.values():
             yield from (f"{os.path.relpath(file, self.folder)} {size}" for file, size in found)
+
+
+class _PlainFolder:
+    """A folder with pictures in it; other files, and folders, are not looked at."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} does not exist: name a folder of pictures.")
+        self._files = sorted(entry.path for entry in os.scandir(folder) if _is_picture(entry.name))
+        if not self._files:
+            raise ValueError(f"{folder} holds no JPEG, PNG or WebP files: name another input.")
+        self._lengths = np.array([os.path.getsize(file) for file in self._files], np.int64)
+
+    def classes(self) -> list[str]:
+        return [""]
+
+    def samples(self, classes: Sequence[str], scratch: Path, run: _Run) -> _Samples:
+        zeros = np.zeros(len(self._files), np.int64)
+        return _Samples(self._files, self._files, np.arange(len(zeros)), zeros, self._lengths, zeros, named=True)
+
+    def identity(self) -> Iterator[str]:
+        yield from (f"{os.path.basename(f)} {size}" for f, size in zip(self._files, self._lengths, strict=True))
 
 
 class _Parquet:
@@ -184,14 +233,17 @@ class _Parquet:
             yield f"{file.name} {file.stat().st_size} {metadata.num_rows} {groups}"
 
 
-def _parts(source: Path, validation: Sequence[Path]) -> dict[str, _ClassFolders | _Parquet]:
+_Input = _ClassFolders | _PlainFolder | _Parquet
+
+
+def _parts(source: Path, validation: Sequence[Path]) -> dict[str, _Input]:
     """Where the training part lies, and the validation part if there is one."""
     for path in (source, *validation):
         if not path.exists():
             raise ValueError(f"{path} does not exist: name a folder of class folders, or Parquet files.")
     held: Sequence[Path] = ()
     if source.is_file():
-        train: _ClassFolders | _Parquet = _Parquet([source])
+        train: _Input = _Parquet([source])
     elif files := sorted(source.glob("*.parquet")):
         held = [file for file in files if file.name.startswith("val")]
         named = [file for file in files if file.name.startswith("train")]
@@ -221,7 +273,7 @@ def _limit(shard_size: str) -> tuple[int, bool]:
 def _write_part(
     folder: Path,
     name: str,
-    part: _ClassFolders | _Parquet,
+    part: _Input,
     classes: Sequence[str],
     limit: tuple[int, bool],
     run: _Run,
@@ -241,14 +293,15 @@ def _write_part(
         jobs = _jobs(folder, scratch, name, samples, limit)
         written = _over(run, f"{name}: writing", _write_shard, [job for job in jobs if job.name not in known])
         known |= {shard["name"]: (shard, rows) for shard, rows in written}
-        _write_index(folder, classes, origin, [known[job.name] for job in jobs])
+        names = [os.path.basename(job.samples.files[k]) for job in jobs for k in job.samples.which]
+        _write_index(folder, classes, origin, [known[job.name] for job in jobs], names if samples.named else None)
     shutil.rmtree(scratch, ignore_errors=True)
     shards = [shard for shard, _ in known.values()]
     pictures, size = sum(shard["samples"] for shard in shards), sum(shard["bytes"] for shard in shards)
     return Written(folder, pictures, len(classes), len(shards), kept, size)
 
 
-def _origin(part: _ClassFolders | _Parquet, classes: Sequence[str], limit: tuple[int, bool]) -> str:
+def _origin(part: _Input, classes: Sequence[str], limit: tuple[int, bool]) -> str:
     """What the shards are a function of, as a checksum: names and sizes of the input, not its contents."""
     digest = hashlib.sha256(f"{FORMAT} {limit} {classes}\n".encode())
     for line in part.identity():
@@ -339,6 +392,7 @@ def _jobs(folder: Path, scratch: Path, name: str, samples: _Samples, limit: tupl
             samples.offsets[rows],
             samples.lengths[rows],
             samples.labels[rows],
+            samples.named,
         )
         jobs.append(_Shard(str(folder), str(scratch), f"{name}-{number:06d}.tar", first, own))
     return jobs
@@ -355,9 +409,13 @@ def _write_shard(job: _Shard) -> _Record:
         writer = TarWriter(stream, encoder=False, mtime=0)  # a fixed time: the same bytes whenever they are written
         for row, content in enumerate(_contents(samples)):
             rows["crc32"][row] = zlib.crc32(content)
-            label = str(samples.labels[row]).encode()
             place = samples.names[samples.which[row]]
-            writer.write({"__key__": f"{job.first + row:08d}", "cls": label, _extension(content, place): content})
+            entry: dict[str, Any] = {"__key__": f"{job.first + row:08d}", _extension(content, place): content}
+            if samples.named:  # webdataset takes what is behind the first dot for the kind
+                entry["__key__"] = Path(place).stem.replace(".", "_")
+            else:
+                entry["cls"] = str(samples.labels[row]).encode()
+            writer.write(entry)
         writer.close()
         stream.flush()
         os.fsync(stream.fileno())
@@ -397,7 +455,9 @@ def _extension(content: bytes, place: str) -> str:
     raise ValueError(f"{place} holds a picture that is no JPEG, PNG or WebP: convert or remove it.")
 
 
-def _write_index(folder: Path, classes: Sequence[str], origin: str, records: Sequence[_Record]) -> None:
+def _write_index(
+    folder: Path, classes: Sequence[str], origin: str, records: Sequence[_Record], names: list[str] | None
+) -> None:
     table = np.concatenate([rows for _, rows in records])
     table["shard"] = np.repeat(np.arange(len(records)), [len(rows) for _, rows in records])
     unfinished = folder / _UNFINISHED / ROWS
@@ -410,6 +470,9 @@ def _write_index(folder: Path, classes: Sequence[str], origin: str, records: Seq
         "rows": {"count": len(table), "crc32": zlib.crc32(table.data)},
         "shards": [shard for shard, _ in records],
     }
+    if names is not None:
+        _write_whole(folder / NAMES, json.dumps(names))
+        index["names"] = zlib.crc32((folder / NAMES).read_bytes())
     _write_whole(folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 
@@ -514,9 +577,13 @@ def _pictures(folder: str) -> Iterator[tuple[str, int]]:
     """Files with a picture's suffix below `folder`, and their sizes."""
     for place, _, names in os.walk(folder, followlinks=True):
         for name in names:
-            if name.lower().endswith(_SUFFIXES) and name[0] != ".":
+            if _is_picture(name):
                 file = os.path.join(place, name)
                 yield file, os.path.getsize(file)
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(_SUFFIXES) and name[0] != "."
 
 
 def _sha256(path: str) -> str:

@@ -3,6 +3,7 @@
 <folder>/
     train-000000.tar ...    entries KEY.cls (the label in decimal) and KEY.jpg, .png or .webp
     index.npy               where each picture lies: `TABLE`
+    names.json              of unlabelled pictures (then without .cls entries): the file that each row was made of
     index.json              classes, shards with sizes and checksums; written last, it marks a complete folder
 
 webdataset itself reads such shards from front to back; with the index a picture is one read at an offset, so that
