@@ -101,6 +101,7 @@ def _check_data(name: str, data: Data, world: int) -> None:
     if not 0 < data.fraction <= 1:
         raise ValueError(f"{option}.fraction {data.fraction} is no share of the pictures: use more than 0, at most 1.")
     _at_least(f"{option}.answers", data.answers, 1)
+    _at_least(f"{option}.candidates", data.candidates, 0)
     for field, value in (("mixup", data.mix.mixup), ("cutmix", data.mix.cutmix)):
         _not_negative(f"{option}.mix.{field}", value)
     for field, value in (

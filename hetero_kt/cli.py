@@ -69,7 +69,18 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("export", help="say where a run's plain weights lie")
     command.add_argument("run", metavar="RUN", help="a run folder, or one that holds some")
+    command.add_argument(
+        "--official", metavar="FILE", help="write an X-VLM's weights there, named as its authors' code reads them"
+    )
     command.set_defaults(command=_export)
+
+    command = commands.add_parser("ask", help="ask a trained X-VLM about a picture, or which caption fits it")
+    command.add_argument("run", metavar="RUN", help="a run folder, or its export")
+    command.add_argument("image", metavar="IMAGE", help="a picture")
+    command.add_argument("question", nargs="?", default="", metavar="QUESTION", help="for a model that answers")
+    command.add_argument("--captions", nargs="+", metavar="TEXT", help="for a model that matches: texts to be ranked")
+    command.add_argument("--top", type=int, default=5, help="answers that are shown (5)")
+    command.set_defaults(command=_ask)
 
     command = commands.add_parser("features", help="draw the features of models' four stages on pictures")
     command.add_argument("models", nargs="+", metavar="MODEL", help="timm:resnet50, cifar:mobilenetv2, bert:4x256, ...")
@@ -90,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sites(arguments: argparse.Namespace) -> int:
-    from hetero_kt.checks import BERTS
+    from hetero_kt.checks import BERTS, XVLMS
     from hetero_kt.models import build
     from hetero_kt.nn.reencode import list_weights
 
@@ -98,6 +109,13 @@ def _sites(arguments: argparse.Namespace) -> int:
         from hetero_kt.models import bert
 
         model: Any = bert.build(arguments.name, "classification", vocabulary=30_522, classes=arguments.classes)[0]
+    elif arguments.name in XVLMS:
+        import torch
+
+        from hetero_kt.models import xvlm
+
+        with torch.device("meta"):
+            model = xvlm.build(arguments.name, "vqa", vocabulary=30_522, image_size=arguments.image_size)[0]
     else:
         model = build(arguments.name, arguments.classes, image_size=arguments.image_size)
     weights = list_weights(model)
@@ -167,8 +185,15 @@ def _export(arguments: argparse.Namespace) -> int:
     from hetero_kt import report
 
     finished, unfinished = report.find_runs([arguments.run])
+    if arguments.official and finished:
+        from hetero_kt.ask import Trained
+
+        Trained(arguments.run).write_official(arguments.official)
+        print(arguments.official)
+        return 0
     for run in finished:
-        files = sorted((run.folder / "export").glob("*.safetensors"))
+        export = run.folder / "export"
+        files = sorted([*export.glob("*.safetensors"), *export.glob("*/model.safetensors")])
         if not files:
             raise ValueError(f"export: {run.folder} has lost its export: start its launcher again with --resume never.")
         for file in files:
@@ -180,6 +205,27 @@ def _export(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0 if finished else 1
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from hetero_kt.ask import Trained
+
+    if bool(arguments.question) == bool(arguments.captions):
+        raise ValueError("ask: give a QUESTION about the picture, or --captions to be ranked, one of the two.")
+    if arguments.top < 1:
+        raise ValueError(f"ask: --top {arguments.top} shows nothing: use 1 or more.")
+    trained = Trained(arguments.run)
+    if arguments.captions:
+        found = trained.rank(arguments.image, arguments.captions)
+    else:
+        found = trained.ask(arguments.image, arguments.question, arguments.top)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("caption" if arguments.captions else "answer", overflow="fold")
+    table.add_column("fits (%)" if arguments.captions else "probability (%)", justify="right")
+    for text, chance in found:
+        table.add_row(Text(text), f"{100 * chance:.1f}")
+    Console().print(table)
+    return 0
 
 
 def _features(arguments: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ import tyro
 
 from hetero_kt.checks import check, zero_block
 from hetero_kt.config import Data, MergeNet, Recipe, nearest, to_yaml
+from hetero_kt.data import PAIRS
 from hetero_kt.debug import shrink
 from hetero_kt.distributed.launch import place
 
@@ -51,6 +52,8 @@ class Options:
     """`auto` goes on from the run folder's last checkpoint, `never` starts anew, PATH goes on from it."""
     zero_config: str = ""
     """File with DeepSpeed's `zero_optimization` block, for every trained model."""
+    train_fraction: float = 1.0
+    """Share of the training pictures that every set of pictures with texts keeps."""
     compare: tuple[str, ...] = ()
     """Run these arms too (controls, baselines), in the same process group, and print the comparison."""
     seeds: tuple[int, ...] = ()
@@ -151,6 +154,8 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
         zero_block(options.zero_config)
         everywhere = {name: replace(model, zero=options.zero_config) for name, model in recipe.models.items()}
         recipe = replace(recipe, models=everywhere)
+    if options.train_fraction != 1.0:
+        recipe = replace(recipe, data=_fractions(recipe.data, options.train_fraction))
     _, world = place()
     check_options(options)
     if options.debug:
@@ -160,6 +165,14 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
     recipe = replace(recipe, data_dir=recipe.data_dir or os.environ.get("HETERO_KT_DATA", "") or "data")
     check(recipe, world)
     return recipe, options
+
+
+def _fractions(data: Mapping[str, Data], fraction: float) -> dict[str, Data]:
+    if not any(entry.name in PAIRS for entry in data.values()):
+        raise ValueError(f"--train-fraction {fraction} is for sets of pictures with texts, and the recipe has none.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--train-fraction {fraction} is no share of the pictures: use more than 0, at most 1.")
+    return {name: replace(one, fraction=fraction) if one.name in PAIRS else one for name, one in data.items()}
 
 
 def runs(recipe: Recipe, options: Options) -> list[Recipe]:

@@ -146,7 +146,8 @@ def write_model(
     if config.name in data.PAIRS:
         from hetero_kt import ask
 
-        ask.save(recipe.models[name].name, config, loaders[recipe.models[name].data], state, path)
+        loader, tokens = loaders[recipe.models[name].data], data.tokenizer(config, recipe.data_dir)
+        ask.save(recipe.models[name].name, config, loader, tokens, state, path)
         return
     if config.name not in data.TEXTS:
         write_safetensors(name, module, state, path)
@@ -159,6 +160,13 @@ def write_model(
 def task(recipe: Recipe, model: str) -> Task:
     """What the model called `model` is trained for."""
     return task_of(recipe.data[recipe.models[model].data].name)
+
+
+def evaluate(recipe: Recipe, name: str, model: nn.Module, loader: Any, ranks: Ranks) -> dict[str, float]:
+    """The metrics of the model called `name` over `loader`. Collective."""
+    config = recipe.data[recipe.models[name].data]
+    chosen = {"k": config.candidates} if config.candidates else {}
+    return task(recipe, name).evaluate(model, loader, ranks.device, **chosen)
 
 
 def seed_by_name(recipe: Recipe, name: str) -> None:

@@ -122,7 +122,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
         recipe,
         method,
         lambda step: _batches(recipe, train, step),
-        lambda name, model: parts.task(recipe, name).evaluate(model, test[recipe.models[name].data], ranks.device),
+        lambda name, model: parts.evaluate(recipe, name, model, test[recipe.models[name].data], ranks),
         folder,
         ranks,
         stop,

@@ -81,8 +81,8 @@ def small() -> Recipe:
         "to_bert": transfer(distilbert_value(2), bert_value(4), cycle=2),
     }
     data = {
-        "questions": replace(QUESTIONS, batch=16, text=Text(length=192, stride=64, question=32)),
-        "reviews": replace(REVIEWS, batch=16, text=Text(length=128)),
+        "questions": replace(QUESTIONS, batch=8, text=Text(length=128, stride=64, question=24)),
+        "reviews": replace(REVIEWS, batch=16, text=Text(length=96)),
     }
     return replace(
         base,
@@ -90,8 +90,8 @@ def small() -> Recipe:
         models=models,
         data=data,
         method=MergeNet(transfers),
-        steps=600,
-        eval_every=600,
+        steps=400,
+        eval_every=400,
         save_every=200,
     )
 
@@ -99,15 +99,15 @@ def small() -> Recipe:
 def small_model(kind: str, name: str, data: str) -> Model:
     optim = Optim("adamw", lr=3e-4, weight_decay=1e-2, clip=1.0)
     init = f"run:{kind}_pretraining"
-    return Model(name, data, init=init, optim=optim, schedule=Schedule("cosine", warmup=60))
+    return Model(name, data, init=init, optim=optim, schedule=Schedule("cosine", warmup=40))
 
 
-def pretraining(kind: str, name: str) -> Recipe:
+def pretraining(kind: str, name: str, steps: int) -> Recipe:
     optim = Optim("adamw", lr=1e-3, weight_decay=1e-2, clip=1.0)
     models = {kind: Model(name, "texts", optim=optim, schedule=Schedule("cosine", warmup=200))}
-    # About once over the texts: 8 million tokens.
+    # 4,000 steps are 8 million tokens, about once over the texts.
     data = {"texts": Data("pretraining", batch=16, text=Text(length=128))}
-    return Recipe(f"{kind}_pretraining", models, data, MergeNet({}, "none"), 4000, eval_every=1000, save_every=500)
+    return Recipe(f"{kind}_pretraining", models, data, MergeNet({}, "none"), steps, eval_every=1000, save_every=500)
 
 
 VARIANTS: dict[str, Callable[[], Recipe]] = {
@@ -116,8 +116,8 @@ VARIANTS: dict[str, Callable[[], Recipe]] = {
     "to_bert": partial(one_way, "to_bert"),
     **{f"layers_{x}_{y}": partial(layers, x, y) for x, y in ((6, 3), (12, 3), (6, 6), (12, 6))},
     "small": small,
-    "pretrain_bert": partial(pretraining, "bert", "bert:4x256"),
-    "pretrain_distilbert": partial(pretraining, "distilbert", "distilbert:2x256"),
+    "pretrain_bert": partial(pretraining, "bert", "bert:4x256", 4000),
+    "pretrain_distilbert": partial(pretraining, "distilbert", "distilbert:2x256", 2000),
 }
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ class Task(Protocol):
         """Mean over the rows of `batch`, a scalar in nats."""
         ...
 
-    def evaluate(self, model: Any, loader: Any, device: Any) -> dict[str, float]:
-        """The task's metrics over the loader's set. Collective."""
+    def evaluate(self, model: Any, loader: Any, device: Any, **options: Any) -> dict[str, float]:
+        """The task's metrics over the loader's set. Collective. `options` are the task's own."""
         ...
 
 
