@@ -16,10 +16,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hetero_kt import data
 from hetero_kt.config import Data, Text
+from hetero_kt.data import vqa as sets
+from hetero_kt.data import world as generated
 from hetero_kt.data.order import Order
 from hetero_kt.data.vqa import AnswerList, Asked, Question
+from hetero_kt.models import xvlm
 from hetero_kt.tasks import vqa
 from hetero_kt.tasks.vqa import exact_match, normalise, rank_answers, score, vqa_accuracy, without_punctuation
 
@@ -127,6 +129,11 @@ MARKS = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", 
 DIGITS = "0123456789"
 
 
+def pairs(text: str) -> list[str]:
+    """Characters that stand side by side."""
+    return [text[i : i + 2] for i in range(len(text) - 1)]
+
+
 def slow_marks(text: str) -> str:
     """Punctuation, character by character."""
     comma_in_number = any(
@@ -136,7 +143,7 @@ def slow_marks(text: str) -> str:
     for c in text:
         if c not in MARKS:
             out.append(c)
-        elif not comma_in_number and not any(pair in (f"{c} ", f" {c}") for pair in map("".join, zip(text, text[1:]))):
+        elif not comma_in_number and not any(pair in (f"{c} ", f" {c}") for pair in pairs(text)):
             out.append(" ")
     return "".join(c for i, c in enumerate(out) if c != "." or (i + 1 < len(out) and out[i + 1] in DIGITS))
 
@@ -272,7 +279,7 @@ def log_probability(model: Writer, state: Tensor, mask: Tensor, tokens: Sequence
 def every(model: Writer, states: Tensor, mask: Tensor, answers: AnswerList) -> Tensor:
     """The log-probability of every answer, (B, K)."""
     tokens = [[int(i) for i, m in zip(*row, strict=True) if m] for row in zip(answers.ids, answers.mask, strict=True)]
-    return torch.tensor([[log_probability(model, s, m, t) for t in tokens] for s, m in zip(states, mask)])
+    return torch.tensor([[log_probability(model, s, m, t) for t in tokens] for s, m in zip(states, mask, strict=True)])
 
 
 def asked(rows: int, seed: int = 0) -> tuple[Writer, Tensor, Tensor]:
@@ -533,3 +540,69 @@ def test_two_ranks_give_one_rank_s_result_after_equally_many_forwards(ranks, siz
 
 
 # --- the model and the data of the project ---
+
+
+def world_questions(rank: int = 0, world: int = 1, train: bool = False) -> sets.QuestionLoader:
+    """Of the generated world; 48 of its 600 questions to evaluate on."""
+    config = Data("vqa", batch=8, text=Text("generated", length=24), image_size=32, workers=0)
+    loader = sets.vqa(config, "", generated.vocabulary(), train=train, seed=0, rank=rank, world=world, device="cpu")
+    if not train:
+        fewer = sets.QuestionLoader(
+            loader.questions[:48],
+            generated.World(False),
+            loader.answers,
+            generated.vocabulary(),
+            config,
+            name="world",
+            train=False,
+            seed=0,
+            rank=rank,
+            world=world,
+        )
+        return fewer
+    return loader
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    model, _ = xvlm.build("xvlm:tiny", "vqa", vocabulary=generated.vocabulary(), image_size=32)
+    for parameter in model.parameters():  # so that what it says depends on what it sees
+        parameter.data.mul_(3)
+    return model
+
+
+def test_xvlm_s_ranking_is_scoring_every_answer_in_full() -> None:
+    loader, model = world_questions(), tiny().eval()
+    (pictures, ids, mask), _, _ = next(iter(loader.eval_batches(4)))
+    places, scores = vqa.answer(model, pictures, ids, mask, loader.answers, k=len(loader.answers.texts))
+    with torch.no_grad():
+        states = model(pictures, ids, mask)
+        whole = every(model, states, mask, loader.answers)  # type: ignore[arg-type]
+    torch.testing.assert_close(scores, whole.gather(1, places), rtol=1e-4, atol=1e-4)
+    assert (scores.diff(dim=1) <= 0).all()
+    few, _ = vqa.answer(model, pictures, ids, mask, loader.answers, k=5)
+    assert few.shape == (4, 5)
+
+
+def test_xvlm_s_loss_in_training_comes_down() -> None:
+    loader, model = world_questions(train=True), tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for step in range(12):
+        loss = vqa.loss(model, loader.batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+def xvlm_on_a_rank() -> dict[str, float]:
+    return vqa.evaluate(tiny(), world_questions(dist.get_rank(), dist.get_world_size()), "cpu", 8, k=10)
+
+
+def test_xvlm_evaluates_the_same_on_one_rank_and_on_two(ranks) -> None:
+    alone = vqa.evaluate(tiny(), world_questions(), "cpu", 8, k=10)
+    assert set(alone) == {"overall", "yes_no", "number", "other", "exact", "loss"}
+    first, second = ranks(2).run(xvlm_on_a_rank)
+    assert first == second == pytest.approx(alone, rel=1e-4)

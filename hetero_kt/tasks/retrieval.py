@@ -97,11 +97,10 @@ def match(model: Any, pictures: Tensor, ids_TL: Tensor, mask_TL: Tensor, pairs: 
     tells what is nearly certain from what is more so."""
     with evaluating(model):
         tokens_INC, states_TLC = model(pictures=pictures)["tokens"], model(ids=ids_TL, mask=mask_TL)["states"]
-        image_P = torch.arange(len(pictures), device=ids_TL.device).repeat_interleave(len(ids_TL))
-        text_P = torch.arange(len(ids_TL), device=ids_TL.device).repeat(len(pictures))
         odds = [
-            _log_odds(model, tokens_INC[images], states_TLC[texts], mask_TL[texts])
-            for images, texts in zip(image_P.split(pairs), text_P.split(pairs), strict=True)
+            _log_odds(model, tokens_1NC, states, mask, mask.new_zeros(len(mask), dtype=torch.int64))
+            for tokens_1NC in tokens_INC.split(1)
+            for states, mask in zip(states_TLC.split(pairs), mask_TL.split(pairs), strict=True)
         ]
     return torch.cat(odds).double().sigmoid().view(len(pictures), len(ids_TL))
 
@@ -242,8 +241,8 @@ def _odds(
         rows = pictures.row_I[images] if len(images) else np.zeros(1, np.int64)
         states_PLC, mask_PL = _padded(captions, texts if len(texts) else np.zeros(1, np.int64))
         rows, place_P = np.unique(rows, return_inverse=True)
-        tokens_PNC = pictures.tokens[torch.from_numpy(rows)].to(device)[torch.from_numpy(place_P).to(device)]
-        found_P = _log_odds(model, tokens_PNC, states_PLC.to(device), mask_PL.to(device))
+        tokens_BNC, owner_P = pictures.tokens[torch.from_numpy(rows)], torch.from_numpy(place_P)
+        found_P = _log_odds(model, *(x.to(device) for x in (tokens_BNC, states_PLC, mask_PL, owner_P)))
         odds.append(found_P[: len(images)].cpu().numpy())
     return np.concatenate(odds)
 
@@ -256,9 +255,9 @@ def _padded(captions: _Captions, texts_P: np.ndarray) -> tuple[Tensor, Tensor]:
     return captions.states[torch.from_numpy(places_PL)], torch.from_numpy((within_L < length_P1).astype(np.int64))
 
 
-def _log_odds(model: Any, tokens_PNC: Tensor, states_PLC: Tensor, mask_PL: Tensor) -> Tensor:
-    """Of "fits", (P,), in nats, float32 at least."""
-    match_P2 = wide(model(tokens=tokens_PNC, states=states_PLC, mask=mask_PL)["match"])
+def _log_odds(model: Any, tokens_BNC: Tensor, states_PLC: Tensor, mask_PL: Tensor, owner_P: Tensor) -> Tensor:
+    """Of "fits", (P,), in nats, float32 at least: of each text and the picture `owner_P` among those of the tokens."""
+    match_P2 = wide(model(tokens=tokens_BNC, states=states_PLC, mask=mask_PL, owner=owner_P)["match"])
     return match_P2[:, 1] - match_P2[:, 0]
 
 
