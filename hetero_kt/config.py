@@ -121,8 +121,8 @@ class Data:
     answers: int = 3128
     """Of `vqa`: so many of the most frequent training answers can be given, where no answer_list.json says which."""
     candidates: int = 0
-    """Of `vqa` and `captions`, in evaluation: so many of a list are scored in full, after a first choice; 0: X-VLM's 128
-    answers, or 256 captions and pictures."""
+    """Of `vqa` and `captions`, in evaluation: so many of a list are scored in full, after a first choice; 0 stands for
+    X-VLM's 128 answers, or 256 captions and pictures."""
     per_class: int = 0
     """Labelled training samples kept per class; 0 keeps all."""
     pipeline: Literal["fast", "timm"] = "fast"

@@ -73,8 +73,8 @@ def flickr8k(*directions: str) -> Recipe:
         models={"xvlm": model},
         data={"captions": replace(data, transform=pictures)},
         method=MergeNet(transfers(*values("blocks.1", 2), *directions)),
-        steps=936,  # six epochs
-        eval_every=936,
+        steps=624,  # four epochs
+        eval_every=624,
         save_every=156,
     )
 

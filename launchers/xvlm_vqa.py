@@ -83,8 +83,8 @@ def daquar(*directions: str) -> Recipe:
         models={"xvlm": model},
         data={"vqa": data},
         method=MergeNet(transfers(*values("blocks.1", 2), *directions)),
-        steps=1060,  # five epochs
-        eval_every=1060,
+        steps=636,  # three epochs
+        eval_every=636,
         save_every=212,
     )
 
