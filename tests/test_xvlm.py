@@ -164,6 +164,22 @@ def test_weights_that_take_part_in_transfers_are_listed(task):
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("decay_all", [True, False])
+@pytest.mark.parametrize("name", ["xvlm:tiny", "xvlm:swin"])
+def test_class_token_position_tables_and_temperature_do_not_decay(name, decay_all):
+    from hetero_kt.config import Optim
+    from hetero_kt.distributed.engine import build_optimizer
+
+    model = made("retrieval", name)
+    optimizer = build_optimizer(model, Optim("adamw", weight_decay=0.1, decay_all=decay_all))
+    spared = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    found = {key for key, p in model.named_parameters() if id(p) in spared}
+    tables = {key for key, _ in model.named_parameters() if key.endswith(("cls_token", "pos_embed", "_bias_table"))}
+    flat = set() if decay_all else {key for key, p in model.named_parameters() if p.ndim == 1}
+    assert found == {"temp"} | tables | flat
+    assert tables
+
+
 def test_what_cannot_be_built_is_refused():
     with pytest.raises(ValueError, match=r"no model is called 'xvlm:large': use xvlm:tiny, "):
         build("xvlm:large", "vqa", vocabulary=9, image_size=16)
@@ -418,6 +434,28 @@ def test_one_modality_gives_what_both_together_give():
         assert torch.allclose(feature, projected / projected.norm(dim=-1, keepdim=True), atol=1e-5)
 
 
+def test_in_one_process_gathered_negatives_are_those_of_the_batch():
+    """And all three thirds of the pairs train what they show, as a plain call for each pair does."""
+    gradients = []
+    for gathered in (False, True, None):
+        model = made("retrieval", gathered=bool(gathered)).eval()
+        pictures, ids, mask = batch()
+        if gathered is None:
+            seen, told = model(pictures)["tokens"], model(ids=ids, mask=mask)["states"]
+            shown, read = torch.cat([torch.arange(8) % 4, NEGATIVES[0]]), torch.arange(4)
+            read = torch.cat([read, NEGATIVES[1], read])
+            found = model(tokens=seen[shown], states=told[read], mask=mask[read])["match"]
+        else:
+            found = model(pictures, ids, mask, negatives=NEGATIVES)["match"]
+        alignment.itm(found).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    one, two, three = gradients
+    assert one.keys() == two.keys() == three.keys()
+    for name, gradient in one.items():
+        assert torch.allclose(gradient, two[name], atol=1e-6), name
+        assert torch.allclose(gradient, three[name], atol=1e-6), name
+
+
 def test_drawn_negatives_never_show_the_same_picture():
     model = made("retrieval").eval()
     groups = torch.tensor([0, 0, 1, 2])
@@ -571,6 +609,54 @@ def test_training_over_ranks_and_in_pieces_is_training_in_one_process(ranks, kin
             assert theirs == pytest.approx(losses, abs=1e-5), (world, stage, checkpointing)
             for name, parameter in model.named_parameters():
                 assert torch.allclose(torch.from_numpy(state[name]), parameter, atol=1e-5), (name, world, stage)
+
+
+def in_parts(engine: nn.Module, kind: str) -> list[Tensor]:
+    """What evaluation asks for, one after the other."""
+    pictures, ids, mask = batch()
+    engine.eval()
+    with torch.no_grad():
+        if kind == "vqa":
+            answer_ids, answer_mask, owner = answers()
+            states = engine(pictures, ids, mask)
+            more = {"answer_ids": answer_ids, "answer_mask": answer_mask, "owner": owner}
+            found = [states, engine(states=states, mask=mask, **more)]
+        else:
+            tokens, states = engine(pictures)["tokens"], engine(ids=ids, mask=mask)["states"]
+            found = [tokens, states, engine(tokens=tokens, states=states, mask=mask)["match"]]
+    engine.train()
+    return found
+
+
+def evaluated_between_steps(kind: str):
+    from hetero_kt.config import Optim
+    from hetero_kt.distributed.engine import build_engine
+
+    sgd = Optim("sgd", lr=0.05, momentum=0.0, weight_decay=0.0)
+    engine = build_engine(model_of(kind), optim=sgd, zero=zero(3), precision="fp32", micro_batch=4, accumulation=1)
+    found = []
+    for step in range(2):
+        engine.backward(loss_of("vqa" if kind == "vqa" else "rank", engine, 0, 1, step))
+        engine.step()
+        found += [tensor.numpy() for tensor in in_parts(engine, kind)]
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["vqa", "rank"])
+def test_in_pieces_each_part_can_be_asked_for_between_steps(ranks, kind):
+    model = model_of(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    expected = []
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of("vqa" if kind == "vqa" else "rank", model, 0, 1, step).backward()
+        optimizer.step()
+        expected += in_parts(model, kind)
+    for found in ranks(1).run(evaluated_between_steps, kind):
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.allclose(torch.from_numpy(ours), theirs, atol=1e-4)
 
 
 def test_the_languages_head_stays_tied_to_the_words():

@@ -153,6 +153,11 @@ class _XVLM(nn.Module):
         patches_BNC = tokens.flatten(1, 2)
         return torch.cat([patches_BNC.mean(1, keepdim=True), patches_BNC], 1)
 
+    def no_weight_decay(self) -> set[str]:
+        """timm asks for it: the vision encoder's class token and position tables, and the temperature."""
+        encoder: Any = self.vision_encoder
+        return {f"vision_encoder.{name}" for name in encoder.no_weight_decay()} | {"temp"}
+
     @property
     def again(self) -> bool:
         """Whether layers are computed again in the backward now."""
