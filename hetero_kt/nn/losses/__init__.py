@@ -4,6 +4,8 @@
     contrast.py   pooled features, each against a batch of them: `InfoNCE`
     features.py   feature maps: `FitNet`
 
+Beside these, `alignment.py` has what brings pictures and the texts that fit them together: `itc`, `itm`.
+
 All of it computes in float32 at least, whatever the models compute in, and also under autocast.
 """
 
