@@ -62,9 +62,9 @@ def evaluate(
     not found. The score is the log-odds of "fits". (X-VLM's public code takes the logit of "fits" by itself, which the
     loss ties down only together with the other one.)
 
-    A picture is found right when one of its captions is. Ties count against the model: what does not fit comes in
-    front of what fits and scores the same, and so does a score that is not a number. Of equal cosines the smaller
-    number is the better.
+    Of a picture's captions the one that comes first counts. Ties count against the model: what does not fit comes in
+    front of what fits and scores the same. A score that is not a number is the lowest. Of equal cosines that of the
+    smaller number is the better.
 
     Pictures that are damaged are left out with their captions; the loader counts them. A picture without captions is
     one that captions have to be told from, and no more.
