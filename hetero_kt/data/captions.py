@@ -39,6 +39,7 @@ from hetero_kt.data.gallery import (
     read_json,
     schema,
     stamped,
+    stripped,
     tables,
     without_missing,
 )
@@ -182,17 +183,15 @@ def captions(
     """
     of_training = train or config.validation > 0
     part = _part(config, data_dir, train=of_training)
-    everything = part.described
-    if of_training:
-        images = kept(everything, config.validation, config.fraction, train=train)
-        everything = {key: captions for key, captions in everything.items() if key in images}
-    notices = []
-    described = {key: said for key, captions in everything.items() if (said := tuple(filter(str.strip, captions)))}
+    described = {key: said for key, captions in part.described.items() if (said := tuple(filter(None, captions)))}
     if not described:
         raise ValueError(f"{part.name} holds no picture with captions: name another folder with --data.NAME.folder")
-    if len(described) < len(everything):
-        lost = [key for key in everything if key not in described]
+    notices = []
+    if lost := [key for key in part.described if key not in described]:
         notices.append(f"{part.name}: {counted(len(lost), 'picture')} without captions left out ({examples(lost)}).")
+    if of_training:
+        images = kept(described, config.validation, config.fraction, train=train)
+        described = {key: captions for key, captions in described.items() if key in images}
     gallery = part.open(list(described))
     there, missing = without_missing(list(described), gallery, part.name, config.corrupt)
     return CaptionLoader(
@@ -256,7 +255,7 @@ def _karpathy(file: Stamped, parts: tuple[str, ...]) -> Described:
             key = "/".join(filter(None, (entry.get("filepath"), entry["filename"])))
             if key in described:
                 raise ValueError(f"{key} stands in two entries")
-            described[key] = tuple(str(sentence["raw"]).strip() for sentence in entry["sentences"])
+            described[key] = tuple(stripped(sentence["raw"]) for sentence in entry["sentences"])
     return described
 
 
@@ -266,4 +265,6 @@ def _from_parquet(file: Stamped) -> tuple[list[str], list[tuple[str, ...]]]:
     key = "filename" if "filename" in schema(file[0]) else "image_id"
     rows = columns(file[0], [key, "captions"]).to_pylist()
     with laid_out(file[0], "pictures with captions"):
-        return [str(row[key]) for row in rows], [tuple(said.strip() for said in row["captions"] or ()) for row in rows]
+        return [str(row[key]) for row in rows], [
+            tuple(stripped(said) for said in row["captions"] or ()) for row in rows
+        ]

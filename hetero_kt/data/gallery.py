@@ -249,6 +249,13 @@ def laid_out(file: Path, what: str) -> Iterator[None]:
         ) from error
 
 
+def stripped(value: Any) -> str:
+    """A text without spaces around it. Raises TypeError for what is none."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value.strip()
+
+
 class _Unreadable(ValueError):
     """A file that is no JSON or Parquet at all."""
 

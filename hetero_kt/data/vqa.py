@@ -43,6 +43,7 @@ from hetero_kt.data.gallery import (
     read_json,
     schema,
     stamped,
+    stripped,
     tables,
     without_missing,
 )
@@ -65,7 +66,7 @@ class Question:
     """Key of the picture."""
     text: str
     answers: tuple[str, ...]
-    """One for each annotator."""
+    """One for each annotator, empty where none was given."""
     kind: str
     """One of KINDS."""
 
@@ -184,7 +185,7 @@ class QuestionLoader:
         different = sorted({answer for question in questions for answer in question.answers})
         self._answers = Sentences(different, tokenizer, config.text.length, name)
         numbers = {answer: number for number, answer in enumerate(different)}
-        votes = [Counter(filter(str.strip, question.answers)) for question in questions]
+        votes = [Counter(filter(None, question.answers)) for question in questions]
         self._given, self._bounds = joined([np.array([numbers[a] for a in vote], np.int32) for vote in votes])
         annotators = [len(question.answers) for question in questions]
         self._shares, _ = joined(
@@ -294,24 +295,22 @@ def vqa(
     """
     of_training = train or config.validation > 0
     part = _part(config, data_dir, train=of_training)
-    asked = list(part.questions)
+    asked = _answered(part.questions)
+    if not asked:
+        raise ValueError(f"{part.name} holds no question with an answer: name another folder with --data.NAME.folder")
+    notices = []
+    if lost := [question.id for question in part.questions if not any(question.answers)]:
+        notices.append(f"{part.name}: {counted(len(lost), 'question')} without an answer left out ({examples(lost)}).")
     if of_training:
         asked = _chosen(asked, config, train=train)
-    answered = [question for question in asked if any(map(str.strip, question.answers))]
-    notices = []
-    if len(answered) < len(asked):
-        lost = [question.id for question in asked if not any(map(str.strip, question.answers))]
-        notices.append(f"{part.name}: {counted(len(lost), 'question')} without an answer left out ({examples(lost)}).")
-    if not answered:
-        raise ValueError(f"{part.name} holds no question with an answer: name another folder with --data.NAME.folder")
-    keys = list(dict.fromkeys(question.image for question in answered))
+    keys = list(dict.fromkeys(question.image for question in asked))
     gallery = part.open(keys)
     there, missing = without_missing(keys, gallery, part.name, config.corrupt)
-    training = answered if train else _chosen(_part(config, data_dir, train=True).questions, config, train=True)
+    answers = part.listed or _most_frequent(asked if train else _trained_on(config, data_dir), config.answers)
     return QuestionLoader(
-        [question for question in answered if question.image in there],
+        [question for question in asked if question.image in there],
         gallery,
-        answer_list(part.listed or _most_frequent(training, config.answers), tokenizer, config.text.length),
+        answer_list(answers, tokenizer, config.text.length),
         tokenizer,
         config,
         name=part.name,
@@ -360,6 +359,14 @@ def _part(config: Data, data_dir: str | Path, *, train: bool) -> _Part:
     )
 
 
+def _trained_on(config: Data, data_dir: str | Path) -> list[Question]:
+    return _chosen(_answered(_part(config, data_dir, train=True).questions), config, train=True)
+
+
+def _answered(questions: Sequence[Question]) -> list[Question]:
+    return [question for question in questions if any(question.answers)]
+
+
 def _chosen(questions: Sequence[Question], config: Data, *, train: bool) -> list[Question]:
     images = kept((q.image for q in questions), config.validation, config.fraction, train=train)
     return [question for question in questions if question.image in images]
@@ -367,7 +374,7 @@ def _chosen(questions: Sequence[Question], config: Data, *, train: bool) -> list
 
 def _most_frequent(questions: Sequence[Question], most: int) -> list[str]:
     """Answers by how many annotators gave them; of equals, the first in the alphabet."""
-    votes = Counter(answer for question in questions for answer in question.answers if answer.strip())
+    votes = Counter(answer for question in questions for answer in question.answers if answer)
     return [answer for answer, _ in sorted(votes.items(), key=lambda item: (-item[1], item[0]))[:most]]
 
 
@@ -393,12 +400,13 @@ def _official(part: str, questions: Stamped, annotations: Stamped) -> list[Quest
     answers: dict[int, tuple[int, str, tuple[str, ...]]] = {}
     with laid_out(annotations[0], "VQA v2's annotations"):
         for entry in read_json(annotations[0])["annotations"]:
-            given = tuple(known.setdefault(one["answer"], one["answer"]) for one in entry["answers"])
+            texts = [stripped(one["answer"]) for one in entry["answers"]]
+            given = tuple(known.setdefault(text, text) for text in texts)
             answers[entry["question_id"]] = entry["image_id"], _kind(entry["answer_type"]), given
     found, foreign = [], ""
     with laid_out(questions[0], "VQA v2's questions"):
         for entry in read_json(questions[0])["questions"]:
-            number, image, text = entry["question_id"], entry["image_id"], entry["question"].strip()
+            number, image, text = entry["question_id"], entry["image_id"], stripped(entry["question"])
             about, kind, given = answers.pop(number, (image, "other", ()))
             if about != image:
                 foreign = f"question {number} is about picture {image} here and about {about} there"
@@ -428,16 +436,16 @@ def _from_parquet(file: Stamped) -> tuple[list[Question], list[str]]:
 
 def _of_coco(row: dict[str, Any]) -> Iterator[Question]:
     for one in row["vqa_v2"] or ():
-        kind, answers = _kind(one["answer_type"]), tuple(map(str, one["answers"] or ()))
-        yield Question(str(one["question_id"]), str(row["image_id"]), one["question"].strip(), answers, kind)
+        kind, answers = _kind(one["answer_type"]), tuple(stripped(answer) for answer in one["answers"] or ())
+        yield Question(str(one["question_id"]), str(row["image_id"]), stripped(one["question"]), answers, kind)
 
 
 def _of_daquar(row: dict[str, Any]) -> Iterator[Question]:
     """One annotator answered; several things are one answer."""
     for number, one in enumerate(row["qa"] or ()):
-        answer = one["answer"] or ""
+        answer = stripped(one["answer"] or "")
         kind = "number" if answer.isdecimal() else "other"
-        yield Question(f"{row['image_id']}-{number}", str(row["image_id"]), one["question"].strip(), (answer,), kind)
+        yield Question(f"{row['image_id']}-{number}", str(row["image_id"]), stripped(one["question"]), (answer,), kind)
 
 
 def _kind(name: str) -> str:

@@ -66,7 +66,7 @@ def scenes(train: bool) -> dict[str, tuple[Thing, ...]]:
     found: dict[str, tuple[Thing, ...]] = {}
     taken = {_sorted(things) for things in scenes(False).values()} if train else set()
     for number, draw in enumerate(_draws(0 if train else 1)):
-        count = (1, 2, 2, 3, 3, 3)[draw.below(6)]
+        count = (1, 1, 2, 2, 3)[draw.below(5)]
         places = sorted(draw.several(range(len(_PLACES)), count))
         things = tuple(Thing(draw.one(list(_COLORS)), draw.one(_SHAPES), place) for place in places)
         shown = _sorted(things) if train else _sorted([thing._replace(place=0) for thing in things])
@@ -86,7 +86,7 @@ def picture(things: Sequence[Thing]) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for color, shape, place in things:
         bottom, right = divmod(place, 2)
-        x, y = 32 * right + 4, 32 * bottom + 4
+        x, y = 32 * right + 8, 32 * bottom + 8
         fill = _COLORS[color]
         if shape == "circle":
             draw.ellipse((x, y, x + 23, y + 23), fill)
@@ -152,11 +152,15 @@ _Asked = tuple[str, str, list[str]]
 
 
 def _whether(things: Sequence[Thing], draw: _Draw) -> _Asked:
-    there = {(thing.color, thing.shape) for thing in things}
+    """A colour, a shape, or both in one thing."""
     yes = bool(draw.below(2))
-    others = [(color, shape) for color in _COLORS for shape in _SHAPES if (color, shape) not in there]
-    color, shape = draw.one(sorted(there) if yes else others)
-    return f"is there a {color} {shape}?", "yes" if yes else "no", ["no" if yes else "yes"]
+    kinds = [
+        {f"{color} shape": any(thing.color == color for thing in things) for color in _COLORS},
+        {shape: any(thing.shape == shape for thing in things) for shape in _SHAPES},
+        {f"{c} {s}": any(thing[:2] == (c, s) for thing in things) for c in _COLORS for s in _SHAPES},
+    ]
+    choices = [kind for kind in ([what for what, there in kind.items() if there is yes] for kind in kinds) if kind]
+    return f"is there a {draw.one(draw.one(choices))}?", "yes" if yes else "no", ["no" if yes else "yes"]
 
 
 def _how_many(things: Sequence[Thing], draw: _Draw) -> _Asked:
