@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import pytest
 import timm
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_xvlm import NEGATIVES, VOCABULARY, batch, made, small_swin, without_dropout
 from timm.layers import resample_abs_pos_embed
@@ -17,7 +20,7 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from timm.models import swin_transformer
 from torch import Tensor, nn
 
-from hetero_kt.models import bert, xvlm
+from hetero_kt.models import bert, xvlm, xvlm_weights
 from hetero_kt.models.xvlm_weights import Start, from_official, to_official
 
 NAMES = ("xvlm:tiny", "xvlm:swin")
@@ -32,8 +35,8 @@ def _swin_is_known():
 
 def begun(task: str, name: str = "xvlm:tiny", *, pixels: int = 0, seed: int = 5, **options):
     torch.manual_seed(seed)
-    given = {"vocabulary": VOCABULARY, "image_size": pixels or SIZES[name], **options}
-    return xvlm.build(name, task, **given)
+    shape = {"vocabulary": VOCABULARY, "image_size": pixels or SIZES[name], **options}
+    return xvlm.build(name, task, **shape)
 
 
 def kept(model: nn.Module) -> dict[str, Tensor]:
@@ -183,10 +186,10 @@ def test_a_pretrained_file_starts_a_vqa_model_with_its_decoder(tmp_path, name):
     source = made("retrieval", name)
     state = pretraining(source, name)
     model, start = begun("vqa", name, init=published(state, tmp_path / "4m.th"))
-    own, given = model.state_dict(), source.state_dict()
+    own, theirs = model.state_dict(), source.state_dict()
     for key, tensor in own.items():
         if key.startswith(("vision_encoder.", "text_encoder.")):
-            assert torch.equal(tensor, given[key]), key
+            assert torch.equal(tensor, theirs[key]), key
             assert key in start.taken
     fresh = set()
     for i in range(2):
@@ -196,13 +199,13 @@ def test_a_pretrained_file_starts_a_vqa_model_with_its_decoder(tmp_path, name):
                 assert tensor_is_fresh(own[key])
                 continue
             first = model.text_encoder.alone
-            origin = given[
+            origin = theirs[
                 key.replace(f"text_decoder.bert.encoder.layer.{i}", f"text_encoder.encoder.layer.{i + first}")
             ]
             assert torch.equal(own[key], origin), key
     for part in ("bias", "transform.dense.weight", "transform.LayerNorm.bias"):
         assert torch.equal(own[f"text_decoder.cls.predictions.{part}"], state[f"text_encoder.cls.predictions.{part}"])
-    words = given["text_encoder.embeddings.word_embeddings.weight"]
+    words = theirs["text_encoder.embeddings.word_embeddings.weight"]
     assert torch.equal(own["text_decoder.cls.predictions.decoder.weight"], words)
     assert set(start.fresh) == fresh
     assert {key.split(".")[0] for key in start.left} == {"vision_proj", "text_proj", "temp", "itm_head", "bbox_head"}
@@ -353,7 +356,7 @@ def test_another_models_file_is_refused_in_one_sentence(tmp_path):
     longer = {k.replace("layer.3", "layer.4"): v.clone() for k, v in state.items() if "layer.3" in k}
     robust = {k.replace("text_encoder.", "text_encoder.roberta."): v for k, v in state.items()}
     save_file(robust, tmp_path / "roberta.safetensors")
-    for given, says in (
+    for what, says in (
         ({"name": "xvlm:swin", "init": source}, r"vision_encoder.\S+ is missing, and \d+ more"),
         ({"name": "xvlm:mini", "init": source, "pixels": 32}, r"vision_encoder.blocks.2.\S+ is missing"),
         ({"init": changed("wide", **{"text_encoder.encoder.layer.0.output.dense.bias": torch.zeros(9)})}, "9, not 64"),
@@ -362,10 +365,50 @@ def test_another_models_file_is_refused_in_one_sentence(tmp_path):
         ({"init": str(tmp_path / "roberta.safetensors")}, r"text_encoder.\S+ is missing"),
     ):
         with pytest.raises(ValueError, match=f"which is another model's \\(.*{says}") as caught:
-            begun("retrieval", **given)
+            begun("retrieval", **what)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"which knows 40 tokens and the tokenizer has 50: name the model's own"):
         begun("retrieval", vocabulary=50, init=source)
+
+
+SPOILT = (
+    lambda tensor: tensor.flatten(),
+    lambda tensor: tensor[None],
+    lambda tensor: tensor.flatten()[:0],
+    lambda tensor: tensor.flatten()[0],
+    lambda tensor: tensor[:-1] if tensor.dim() else tensor,
+    lambda tensor: None,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_whatever_is_wrong_with_a_tensor_is_one_sentence(data):
+    """Or it was a head's or a table's, and the model is whole without it."""
+    name, layout, where = (data.draw(st.sampled_from(x)) for x in (NAMES, ("ours", "theirs"), ("init", "vision")))
+    source = SOURCES.setdefault(name, made("retrieval", name).state_dict())
+    state = to_official(source, name) if layout == "theirs" else dict(source)
+    if where == "vision":
+        state = {key: tensor for key, tensor in state.items() if key.startswith("vision_encoder.")}
+    key = data.draw(st.sampled_from(sorted(state)))
+    spoilt = data.draw(st.sampled_from(SPOILT))(state.pop(key))
+    if spoilt is not None:
+        state[key] = spoilt
+    said = ""
+    with mock.patch.object(xvlm_weights, "read", return_value=state):
+        try:
+            model, start = begun("retrieval", name, **{where: "file.th"})
+        except ValueError as error:
+            said = str(error)
+    if said:
+        assert said.startswith(f"{name}: {where} names file.th, which ")
+        assert "\n" not in said
+    else:
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        assert sorted([*start.taken, *start.fresh]) == sorted(kept(model))
+
+
+SOURCES: dict[str, dict[str, Tensor]] = {}
 
 
 def test_a_head_is_taken_whole_or_not_at_all(tmp_path):

@@ -39,6 +39,8 @@ _TIED = {
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
 """Second names of tensors, with their first."""
+_WORDS = f"{TEXT}embeddings.word_embeddings.weight"
+_LAYER = re.compile(rf"({VISION}(blocks|layers)|{TEXT}encoder\.layer)\.")
 _BUFFERS = ("position_ids", "relative_position_index", "attn_mask")
 _HEADS = ("vision_proj.", "text_proj.", "temp", "itm_head.")
 
@@ -110,9 +112,7 @@ class _Filling:
         option = f"{self.model.name}: init names {path}"
         found = from_official(read(path, option))
         body = [name for name in self.own if name.startswith((VISION, TEXT))]
-        extra = [key for key in found if key.startswith(f"{TEXT}encoder.") and key not in self.own]
-        extra += [key for key in found if re.match(rf"{VISION}(blocks|layers)\.", key) and key not in self.own]
-        self._copy(option, body, found, extra)
+        self._copy(option, body, found)
         used = set(body)
         decoder = [name for name in self.own if name.startswith(DECODER) and name not in _TIED]
         if decoder and any(key.startswith(DECODER) for key in found):
@@ -133,38 +133,31 @@ class _Filling:
         whole = _published(source, option) if source.startswith("timm:") else read(source, option)
         tower = _tower(whole)
         names = [name.removeprefix(VISION) for name in self.own if name.startswith(VISION)]
-        chosen = _every_second(option, tower, "blocks", _count(names, "blocks"))
-        if "norm_pre.weight" not in chosen:  # only CLIP's tower has it
+        keys = _every_second(option, list(tower), "blocks", _count(names, "blocks"))
+        if "norm_pre.weight" not in keys:  # only CLIP's tower has it
             names = [name for name in names if not name.startswith("norm_pre.")]
-        found = {VISION + key: tensor for key, tensor in chosen.items()}
-        wanted = [VISION + name for name in names]
-        extra = [key for key in found if re.match(rf"{VISION}(blocks|layers)\.", key) and key not in self.own]
-        self._copy(option, wanted, found, extra)
-        used = {id(found[name]) for name in wanted}
-        self.left += [key for key, tensor in tower.items() if id(tensor) not in used]
+        self._copy(option, [VISION + name for name in names], {VISION + new: tower[old] for new, old in keys.items()})
+        used = {keys[name] for name in names}
+        self.left += [key for key in tower if key not in used]
 
     def take_text(self, source: str) -> None:
         option = f"{self.model.name}: text names {source}"
         whole = read(_bert_folder(source) if source.startswith("hf:") else source, option)
         plain = {_modern(key).removeprefix("bert."): tensor for key, tensor in whole.items()}
         plain = {key: tensor for key, tensor in plain.items() if not key.endswith(_BUFFERS)}
-        chosen = _every_second(option, plain, "encoder.layer", self.layers)
-        found = {TEXT + key: tensor for key, tensor in chosen.items()}
+        keys = _every_second(option, list(plain), "encoder.layer", self.layers)
         wanted = [name for name in self.own if name.startswith(TEXT) and ".crossattention." not in name]
-        extra = [key for key in found if key.startswith(f"{TEXT}encoder.") and key not in self.own]
-        self._copy(option, wanted, found, extra)
-        used = {id(found[name]) for name in wanted}
+        self._copy(option, wanted, {TEXT + new: plain[old] for new, old in keys.items()})
+        used = {keys[name.removeprefix(TEXT)] for name in wanted} | {name.removeprefix(DECODER) for name in _TIED}
         if any(name.startswith(DECODER) for name in self.own):
-            used |= {id(plain[key]) for key in self._take_predictions(plain, "")}
-        tied = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-        self.left += [key for key, tensor in plain.items() if id(tensor) not in used and key not in tied]
+            used |= self._take_predictions(plain, "")
+        self.left += [key for key in plain if key not in used]
 
     def copy_decoder(self) -> None:
         """The decoder's layers from the encoder's cross layers, and its embeddings, unless it has its own."""
         if self.decoder_given:
             return
-        words = self.own[f"{TEXT}embeddings.word_embeddings.weight"]
-        wider = self.model.vision_width != words.shape[1]
+        wider = self.model.vision_width != self.own[_WORDS].shape[1]
         for name, tensor in self.own.items():
             body = name.removeprefix(f"{DECODER}bert.")
             if body == name or (wider and re.search(r"\.crossattention\.self\.(key|value)\.", name)):
@@ -184,14 +177,17 @@ class _Filling:
         second = {name for name in _TIED if name in given}
         return {prefix + name.removeprefix(DECODER) for name in {*names, *second}}
 
-    def _copy(self, option: str, names: Sequence[str], found: Mapping[str, Tensor], extra: Sequence[str] = ()) -> None:
-        words = next((name for name in names if name == f"{TEXT}embeddings.word_embeddings.weight"), "")
-        if words in found and len(found[words]) != len(self.own[words]):
-            raise ValueError(
-                f"{option}, which knows {len(found[words])} tokens and the tokenizer has {len(self.own[words])}: name"
-                f" the model's own vocab.txt or folder as tokenizer"
-            )
-        wrong = self._misfits(names, found) + [f"{key} is unknown" for key in extra]
+    def _copy(self, option: str, names: Sequence[str], found: Mapping[str, Tensor]) -> None:
+        """Copy the tensors called `names`, all of which have to be there and fit, with no layers besides."""
+        if _WORDS in names and _WORDS in found:
+            has, needs = found[_WORDS].shape, self.own[_WORDS].shape
+            if has[1:] == needs[1:] and has != needs:
+                raise ValueError(
+                    f"{option}, which knows {has[0]} tokens and the tokenizer has {needs[0]}: name the model's own"
+                    f" vocab.txt or folder as tokenizer"
+                )
+        wrong = self._misfits(names, found)
+        wrong += [f"{key} is unknown" for key in found if _LAYER.match(key) and key not in self.own]
         if wrong:
             raise ValueError(f"{option}, which is another model's ({_more(wrong)}): give its own file")
         for name in names:
@@ -218,9 +214,11 @@ def _fits(name: str, given: torch.Size, needed: torch.Size) -> bool:
     if given == needed:
         return True
     if name.endswith(".pos_embed") and len(given) == 3:
-        return given[2] == needed[2] and isqrt(given[1] - 1) ** 2 == given[1] - 1
+        patches = given[1] - 1
+        alike = (given[0], given[2]) == (needed[0], needed[2])
+        return alike and patches > 0 and isqrt(patches) ** 2 == patches
     if name.endswith(".relative_position_bias_table") and len(given) == 2:
-        return given[1] == needed[1] and isqrt(given[0]) ** 2 == given[0]
+        return given[1] == needed[1] and given[0] > 0 and isqrt(given[0]) ** 2 == given[0]
     return False
 
 
@@ -261,7 +259,7 @@ def to_official(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """
     vision = {key.removeprefix(VISION): tensor for key, tensor in state.items() if key.startswith(VISION)}
     rest = {key: tensor for key, tensor in state.items() if not key.startswith(VISION)}
-    if "patch_embed.proj.weight" not in vision or f"{TEXT}embeddings.word_embeddings.weight" not in rest:
+    if "patch_embed.proj.weight" not in vision or _WORDS not in rest:
         raise ValueError(f"{name}: the tensors are not those of an X-VLM: give the state of a whole model")
     tower = _shifted(vision, -1) if any(key.startswith("layers.") for key in vision) else _to_clip(vision)
     official = {VISION + key: tensor for key, tensor in tower.items()} | rest
@@ -279,7 +277,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if not key.startswith(VISION) and not key.endswith(_BUFFERS):
             own[re.sub(r"^text_encoder\.bert\.", TEXT, key)] = tensor
-    if "temp" in own:
+    if "temp" in own and own["temp"].numel() == 1:
         own["temp"] = own["temp"].reshape(1)
     vision = {key.removeprefix(VISION): tensor for key, tensor in state.items() if key.startswith(VISION)}
     return {VISION + key: tensor for key, tensor in _tower(vision).items()} | own
@@ -340,9 +338,9 @@ def _from_clip(clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif block is None:
             tower[_renamed(plain, names)] = tensor
         elif block[2].startswith("self_attn.q_proj."):
-            others = [clip.get(key.replace("q_proj", part)) for part in _QKV]
-            thirds = [third for third in others if third is not None]
-            tower[f"blocks.{block[1]}.attn.qkv.{block[2].split('.')[-1]}"] = torch.cat(thirds)
+            thirds = [clip[third] for part in _QKV if (third := key.replace("q_proj", part)) in clip]
+            if all(third.shape == tensor.shape for third in thirds):
+                tower[f"blocks.{block[1]}.attn.qkv.{block[2].split('.')[-1]}"] = torch.cat(thirds)
         elif not block[2].startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
             tower[f"blocks.{block[1]}.{_renamed(block[2], parts)}"] = tensor
     return tower
@@ -358,26 +356,27 @@ def _renamed(key: str, names: Sequence[tuple[str, str]]) -> str:
 # --- layers ---
 
 
-def _count(keys: Sequence[str] | Mapping[str, Tensor], stem: str) -> int:
+def _count(keys: Sequence[str], stem: str) -> int:
     """How many layers there are by the names `<stem>.0.` and so on."""
     numbers = [int(found[1]) for key in keys if (found := re.match(rf"{re.escape(stem)}\.(\d+)\.", key))]
     return max(numbers, default=-1) + 1
 
 
-def _every_second(option: str, tensors: Mapping[str, Tensor], stem: str, layers: int) -> dict[str, Tensor]:
-    """`tensors` with their layers as they are or, where these are twice as many, the 2nd, 4th, ... renumbered."""
-    there = _count(tensors, stem)
+def _every_second(option: str, keys: Sequence[str], stem: str, layers: int) -> dict[str, str]:
+    """Names in a model of `layers` layers -> `keys` in the file: the same or, where there are twice as many layers, of
+    the 2nd, 4th, ... one."""
+    there = _count(keys, stem)
     if there == layers or not (there and layers):  # none at all: a model of another kind, which its names will tell
-        return dict(tensors)
+        return {key: key for key in keys}
     if there != 2 * layers:
         raise ValueError(f"{option}, which has {there} layers: give weights of {layers} or {2 * layers}")
     chosen = {}
-    for key, tensor in tensors.items():
+    for key in keys:
         found = re.match(rf"{re.escape(stem)}\.(\d+)\.", key)
         if found is None:
-            chosen[key] = tensor
+            chosen[key] = key
         elif int(found[1]) % 2:
-            chosen[f"{stem}.{int(found[1]) // 2}.{key[found.end() :]}"] = tensor
+            chosen[f"{stem}.{int(found[1]) // 2}.{key[found.end() :]}"] = key
     return chosen
 
 
