@@ -48,12 +48,14 @@ class Matcher(nn.Module):
             self.forwards.append(("pairs", len(states)))
             tokens = tokens if owner is None else tokens[owner]
             fit = torch.einsum("pnc,cd,pld,pl->p", tokens, self.mix, states, mask.to(states.dtype)) / 7
-            offset = fit.cos()  # of both logits: no loss sees it
+            offset = 3 * (3 * fit).cos()  # of both logits: no loss sees it
             match = torch.stack([offset, offset + self.drop(fit)], 1)
             if self.score == "same":
                 match = torch.zeros_like(match)
             if self.score == "broken":
                 match = match * math.nan
+            if self.score == "broken here and there":
+                match[(20 * fit).floor() % 3 == 0] = math.nan
             return {"match": match}
         if pictures is not None:
             self.forwards.append(("pictures", len(pictures)))
@@ -100,9 +102,11 @@ class Described:
 
 
 @torch.no_grad()
-def brute_force(owner: Sequence[int], images: int, k: int, damaged: Sequence[int] = ()) -> dict[str, float]:
+def brute_force(
+    owner: Sequence[int], images: int, k: int, damaged: Sequence[int] = (), score: str = "matched"
+) -> dict[str, float]:
     """From the whole matrices of cosines and of scores, one pair at a time and one row at a time."""
-    loader, model = Described(owner, images), Matcher().eval()
+    loader, model = Described(owner, images), Matcher(score).eval()
     sound = [i for i in range(images) if i not in damaged]
     texts = [t for t in range(len(owner)) if owner[t] in sound]
     cosine, odds = np.zeros((images, len(owner))), np.zeros((images, len(owner)))
@@ -115,12 +119,12 @@ def brute_force(owner: Sequence[int], images: int, k: int, damaged: Sequence[int
             match = model(tokens=seen["tokens"], states=read["states"], mask=torch.ones_like(ids))["match"][0].softmax(
                 0
             )
-            odds[i, t] = math.log(match[1] / match[0])
+            odds[i, t] = -math.inf if match.isnan().any() else math.log(match[1] / match[0])
 
     def rank(cosines: dict[int, float], scores: dict[int, float], right: set[int]) -> float:
         kept = sorted(cosines, key=lambda j: (-round(cosines[j], 12), j))[:k]
-        order = sorted(kept, key=lambda j: -scores[j])
-        return min((order.index(j) for j in right if j in kept), default=math.inf)
+        best = max((scores[j] for j in right if j in kept), default=math.inf)
+        return sum(scores[j] >= best for j in kept if j not in right) if best < math.inf else math.inf
 
     texts_first = {
         i: rank({t: cosine[i, t] for t in texts}, {t: odds[i, t] for t in texts}, {t for t in texts if owner[t] == i})
@@ -187,6 +191,14 @@ def test_ties_and_what_is_no_number_count_against_the_model(score: str) -> None:
     few = retrieval.evaluate(Matcher(score), Described([0, 1, 1, 2], 3), "cpu")
     assert few["tr1"] == few["ir1"] == 0
     assert few["tr5"] == few["ir5"] == 100
+
+
+def test_a_score_that_is_no_number_is_the_lowest() -> None:
+    owner, images = SETS["twenty"]
+    score = "broken here and there"
+    found = retrieval.evaluate(Matcher(score), Described(owner, images), "cpu")
+    assert found == pytest.approx(brute_force(owner, images, 256, score=score), abs=1e-9)
+    assert found != pytest.approx(brute_force(owner, images, 256), abs=1e-9)
 
 
 def test_of_equal_cosines_the_smaller_number_is_a_candidate() -> None:
