@@ -110,7 +110,9 @@ class Trained:
         """Its weights as safetensors, named as the code of X-VLM's authors reads them."""
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(xvlm_weights.to_official(self.model.state_dict(), self.model.name), path)
+        tensors = xvlm_weights.to_official(self.model.state_dict(), self.model.name)
+        # The decoder's words and their embeddings are one tensor, which that code expects twice.
+        save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, path)
 
     def _picture(self, path: str | Path) -> Tensor:
         try:

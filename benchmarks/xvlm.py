@@ -1,0 +1,165 @@
+"""What transfers inside an X-VLM cost, and what evaluation gains from more ranks.
+
+    python benchmarks/xvlm.py                                            one process, ZeRO-1
+    deepspeed --num_accelerators 2 benchmarks/xvlm.py --stage 3          two ranks: sharded evaluation too
+
+Each ratio is of two sides that are measured in one run, in turns: `cycle` steps with a transfer each way, then `cycle`
+steps without; evaluation with every rank's share of the generated questions or captions, then with all of them on
+every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from hetero_kt import data
+from hetero_kt.config import Data, Model, Optim, Schedule, Text, Transform
+from hetero_kt.distributed import launch
+from hetero_kt.distributed.learner import build_learner
+from hetero_kt.methods.mergenet import Exchange, MergeNet, Site, Transfer
+from hetero_kt.models import xvlm
+from hetero_kt.nn.adapter import AdapterConfig
+from hetero_kt.options import without_local_rank
+from hetero_kt.tasks import task_of
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Options of this benchmark."""
+
+    model: str = ""
+    """Empty takes xvlm:small on a GPU and xvlm:mini on a CPU."""
+    task: Literal["vqa", "captions"] = "vqa"
+    vision: str = ""
+    """Weight of the vision encoder; empty takes the values of the last ViT layer."""
+    text: str = "text_encoder.encoder.layer.1.attention.self.value.weight"
+    image_size: int = 64
+    batch: int = 16
+    """Rows per rank."""
+    cycle: int = 2
+    turns: int = 10
+    stage: int = 1
+    json: str = ""
+    """Also write the figures to this file."""
+
+
+def main(bench: Bench) -> None:
+    """Measure and print, on the first rank."""
+    ranks = launch.start()
+    on_gpu = ranks.device.type == "cuda"
+    name = bench.model or ("xvlm:small" if on_gpu else "xvlm:mini")
+    config = Data(
+        bench.task,
+        batch=bench.batch * ranks.world,
+        image_size=bench.image_size,
+        candidates=16,
+        transform=Transform(scale=(1.0, 1.0), flip=0.0, squash=True),
+        text=Text(data.GENERATED, length=24),
+        workers=0,
+    )
+    task = task_of(bench.task)
+    launch.seed_everything(0)
+    words = data.tokenizer(config)
+    module = xvlm.build(name, xvlm.TASKS[bench.task], vocabulary=words, image_size=bench.image_size)[0]
+    model = Model(name, bench.task, optim=Optim("adamw", lr=1e-4), schedule=Schedule("constant"))
+    zero = {"stage": bench.stage, "stage3_param_persistence_threshold": 0}
+    learner = build_learner(module.to(ranks.device), model, zero, rows=bench.batch, steps=1_000_000)
+    engine = learner.engine
+    vision = bench.vision or f"vision_encoder.blocks.{len(module.vision_encoder.blocks) - 1}.attn.qkv.weight[v]"
+    sites = Site(engine, vision, "svd"), Site(engine, bench.text, "svd")
+    how = AdapterConfig(heads=12, layers=2)
+    both = [Transfer(*sites, bench.cycle, how, name="v2t"), Transfer(*sites[::-1], bench.cycle, how, name="t2v")]
+    losses = {"xvlm": task.loss}
+    with_transfer = MergeNet({"xvlm": learner}, Exchange(both), losses)
+    without = MergeNet({"xvlm": learner}, Exchange([]), losses)
+    loader = data.open_loader(config, train=True, seed=0, rank=ranks.rank, world=ranks.world, device=ranks.device)
+    batches = [loader.batch(step) for step in range(bench.cycle)]
+
+    def steps(method: MergeNet) -> None:
+        for step, batch in enumerate(batches):
+            method.step(step, {"xvlm": batch})
+
+    def evaluation(rank: int, world: int) -> Callable[[], None]:
+        seen = data.open_loader(config, train=False, seed=0, rank=rank, world=world, device=ranks.device)
+
+        def run() -> None:
+            task.evaluate(engine, seen, ranks.device, k=config.candidates)
+
+        return run
+
+    slow, fast = in_turns(lambda: steps(with_transfer), lambda: steps(without), bench.turns, ranks.device)
+    result = {
+        "model": name,
+        "task": bench.task,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "world_size": ranks.world,
+        "zero_stage": bench.stage,
+        "rows_per_rank": bench.batch,
+        "cycle": bench.cycle,
+        "parameters": sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in module.parameters()),
+        "seconds_per_step_with_transfers": slow / bench.cycle,
+        "seconds_per_step_without": fast / bench.cycle,
+        "ratio": slow / fast,
+    }
+    items = len(data.world.questions(False)) if bench.task == "vqa" else len(data.world.captions(False)) * 2
+    if ranks.world > 1:
+        shared, whole = in_turns(evaluation(ranks.rank, ranks.world), evaluation(0, 1), 3, ranks.device)
+        result |= {
+            "items_per_second_on_all_ranks": items / shared,
+            "items_per_second_on_each_rank": items / whole,
+            "evaluation_speed_up": whole / shared,
+        }
+    else:
+        alone, _ = in_turns(evaluation(0, 1), lambda: None, 3, ranks.device)
+        result["items_per_second"] = items / alone
+    if ranks.first:
+        table = Table(title=f"{name}, {bench.task}, {result['device']}, {ranks.world} rank(s)")
+        table.add_column("figure")
+        table.add_column("value", justify="right")
+        for figure, value in result.items():
+            table.add_row(figure.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+        Console(width=120).print(table)
+        if bench.json:
+            Path(bench.json).write_text(json.dumps(result, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+def in_turns(
+    one: Callable[[], None], other: Callable[[], None], turns: int, device: torch.device
+) -> tuple[float, float]:
+    """Median seconds of each of two, taken in turns after a first round that does not count."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(turns + 1):
+        for work, found in zip((one, other), seconds, strict=True):
+            synchronise(device)
+            started = time.perf_counter()
+            work()
+            synchronise(device)
+            if turn:
+                found.append(time.perf_counter() - started)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device and for all ranks."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(tyro.cli(Bench, args=without_local_rank(sys.argv[1:])))
