@@ -133,6 +133,8 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
             f"{option}.micro-batch {model.micro_batch} does not divide a rank's {share} rows: "
             f"use {largest_divisor(share, model.micro_batch)}."
         )
+    if data[model.data].name == "captions":
+        _check_pairs(option, model, share)
     _check_rates(option, model.optim, model.schedule)
     for field, value in (("label-smoothing", model.label_smoothing), ("ema", model.ema)):
         if not 0 <= value < 1:
@@ -145,6 +147,15 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
             f"{option}.zero {model.zero} is stage 0, which keeps no master copy of bf16 parameters: "
             "use ds_configs/zero1.json, or autocast as precision."
         )
+
+
+def _check_pairs(option: str, model: Model, share: int) -> None:
+    """Refuse what retrieval's losses cannot take; `share` are a rank's rows."""
+    if model.label_smoothing:
+        raise ValueError(f"{option}.label-smoothing goes with neither of retrieval's losses: leave it out.")
+    if (model.micro_batch or share) < 2 and model.xvlm.negatives == "rank":
+        smaller = f"{option}.micro-batch" if model.micro_batch else "--data.NAME.batch"
+        raise ValueError(f"{smaller} leaves a rank no second picture to draw a hard negative from: raise it.")
 
 
 def _check_name(option: str, model: Model, data: str) -> None:

@@ -306,5 +306,20 @@ def test_sets_that_do_not_suit(tmp_path: Path, change: dict[str, Any], sentence:
         checks.check(replace(base, data={"vqa": replace(base.data["vqa"], **change)}))
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"label_smoothing": 0.1}, r"^--models\.xvlm\.label-smoothing goes with neither of retrieval's losses"),
+        ({"micro_batch": 1}, r"^--models\.xvlm\.micro-batch leaves a rank no second picture"),
+    ],
+)
+def test_retrieval_that_cannot_train(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    base = recipe(tmp_path, "captions")
+    with pytest.raises(ValueError, match=sentence):
+        checks.check(replace(base, models={"xvlm": replace(base.models["xvlm"], **change)}))
+    with pytest.raises(ValueError, match=r"^--data\.NAME\.batch leaves a rank no second picture"):
+        checks.check(replace(base, data={"captions": replace(base.data["captions"], batch=2)}), world=2)
+
+
 def test_the_names_that_are_checked_are_those_that_are_built() -> None:
     assert sorted(checks.XVLMS) == sorted(xvlm.known())

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetero_kt.nn.losses.contrast import _AllGather
+from hetero_kt.nn.losses.contrast import AllGather
 from hetero_kt.nn.losses.precision import wide
 
 
@@ -104,7 +104,7 @@ def gathered(x: Tensor) -> Tensor:
     and in the backward.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
-        return _AllGather.apply(x)
+        return AllGather.apply(x)
     return x
 
 

@@ -56,7 +56,7 @@ class InfoNCE(nn.Module):
             candidates = _normalised(wide(self.teacher(teacher_BD)))
             own = torch.arange(len(anchors), device=anchors.device)
             if self.gather and dist.is_initialized() and dist.get_world_size() > 1:
-                candidates = _AllGather.apply(candidates)
+                candidates = AllGather.apply(candidates)
                 own = own + dist.get_rank() * len(anchors)
             scale = _Capped.apply(wide(self.log_scale), math.log(LARGEST_SCALE)).exp()
             return F.cross_entropy(scale * (anchors @ candidates.T), own)
@@ -67,7 +67,7 @@ def _normalised(x_BD: Tensor) -> Tensor:
     return F.normalize(x_BD, dim=-1, eps=1e-6)
 
 
-class _AllGather(torch.autograd.Function):
+class AllGather(torch.autograd.Function):
     """Rows of all ranks, in their order.
 
     A rank's rows are candidates in every rank's loss, so their gradient is the sum over ranks. It is a sum and no mean
