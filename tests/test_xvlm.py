@@ -459,16 +459,39 @@ def test_in_one_process_gathered_negatives_are_those_of_the_batch():
 def test_drawn_negatives_never_show_the_same_picture():
     model = made("retrieval").eval()
     groups = torch.tensor([0, 0, 1, 2])
-    drawn = []
+    found = []
     draw = model._draw
-    model._draw = lambda *given: drawn.append(draw(*given)) or drawn[-1]
+    model._draw = lambda *given: found.append(draw(*given)) or found[-1]
     for seed in range(20):
         torch.manual_seed(seed)
         model(*batch(), groups=groups)
-    for image, text in drawn:
+    for image, text in found:
         assert (groups[image] != groups).all()
         assert (groups[text] != groups).all()
-    assert len({tuple(image.tolist()) for image, _ in drawn}) > 1
+    assert len({tuple(image.tolist()) for image, _ in found}) > 1
+
+
+def drawn(gathered: bool):
+    """Negatives of a rank whose two rows show one picture."""
+    import torch.distributed as dist
+
+    model = made("retrieval", gathered=gathered).eval()
+    found = []
+    draw = model._draw
+    model._draw = lambda *given: found.append(draw(*given)) or found[-1]
+    pictures, ids, mask = (x[:2] for x in batch(seed=dist.get_rank()))
+    torch.manual_seed(dist.get_rank())
+    match = model(pictures, ids, mask, groups=torch.full((2,), dist.get_rank()))["match"]
+    assert match.shape == (6, 2)
+    return [places.tolist() for places in found[0]]
+
+
+def test_gathered_negatives_are_drawn_from_all_ranks(ranks):
+    for rank, places in enumerate(ranks(2).run(drawn, True)):
+        others = {2, 3} if rank == 0 else {0, 1}
+        assert all(set(of_one) <= others for of_one in places)
+    for places in ranks(2).run(drawn, False):
+        assert all(set(of_one) <= {0, 1} for of_one in places)
 
 
 def test_what_is_missing_is_named():

@@ -628,6 +628,14 @@ def test_a_bert_for_another_task_and_old_names_are_read(tmp_path):
         assert "text_decoder.cls.predictions.bias" in start.fresh
 
 
+def test_second_names_of_a_berts_head_are_not_left_over(tmp_path):
+    _, source = words(tmp_path / "bert", 4)
+    torch.save(source.state_dict(), tmp_path / "whole.bin")
+    _, start = begun("vqa", text=str(tmp_path / "whole.bin"))
+    assert "cls.predictions.decoder.weight" in source.state_dict()
+    assert not start.left
+
+
 def test_a_bert_that_does_not_fit_is_refused(tmp_path):
     folder, _ = words(tmp_path / "bert", 3)
     with pytest.raises(ValueError, match=r"text names .*bert, which has 3 layers: give weights of 4 or 8"):

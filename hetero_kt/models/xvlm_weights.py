@@ -148,7 +148,7 @@ class _Filling:
         keys = _every_second(option, list(plain), "encoder.layer", self.layers)
         wanted = [name for name in self.own if name.startswith(TEXT) and ".crossattention." not in name]
         self._copy(option, wanted, {TEXT + new: plain[old] for new, old in keys.items()})
-        used = {keys[name.removeprefix(TEXT)] for name in wanted} | {name.removeprefix(DECODER) for name in _TIED}
+        used = {keys[name.removeprefix(TEXT)] for name in wanted}
         if any(name.startswith(DECODER) for name in self.own):
             used |= self._take_predictions(plain, "")
         self.left += [key for key in plain if key not in used]
