@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
@@ -110,7 +109,6 @@ class Folders:
         return [notice for shards, _ in self._shards.values() for notice in shards.notices()]
 
 
-@lru_cache(maxsize=1024)
 def _folder(key: str) -> str:
     return key.rpartition("/")[0]
 
@@ -171,8 +169,10 @@ class Tables:
     def _lay_out(self) -> cache.Entry:
         pieces = [np.zeros(0, np.uint8)]
         for file in self._files:
-            for content in columns(file, ["image"])["image"].combine_chunks().field("bytes"):
-                pieces.append(np.frombuffer(content.as_py() or b"", np.uint8))
+            with laid_out(file, "pictures with texts"):
+                for batch in pq.ParquetFile(file).iter_batches(256, columns=["image"]):
+                    contents = batch.column(0).field("bytes")
+                    pieces += [np.frombuffer(content.as_py() or b"", np.uint8) for content in contents]
         bounds = np.cumsum([len(piece) for piece in pieces])
         return {"bytes": np.concatenate(pieces), "bounds": bounds}, {}
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,15 +182,7 @@ class QuestionLoader:
         self.mean, self.std, self.device = self._shown.mean, self._shown.std, self._pictures.device
         self._whole = Order(name, self.samples, config.batch, seed)  # of all ranks
         self._sentences = Sentences([question.text for question in questions], tokenizer, config.text.length, name)
-        different = sorted({answer for question in questions for answer in question.answers})
-        self._answers = Sentences(different, tokenizer, config.text.length, name)
-        numbers = {answer: number for number, answer in enumerate(different)}
-        votes = [Counter(filter(None, question.answers)) for question in questions]
-        self._given, self._bounds = joined([np.array([numbers[a] for a in vote], np.int32) for vote in votes])
-        annotators = [len(question.answers) for question in questions]
-        self._shares, _ = joined(
-            [np.array([*v.values()]) / n for v, n in zip(votes, annotators, strict=True)], np.float32
-        )
+        self._tokenizer, self._length = tokenizer, config.text.length
         self._notices = list(notices)
         if not train:
             self._notices += self._unanswerable()
@@ -205,10 +197,11 @@ class QuestionLoader:
         pictures, drawn = self._pictures.draw(step)
         samples_B = drawn.numpy()
         ids, mask = self._sentences.take(samples_B, self._sentences.width(self._whole.rows(step)[1]))
-        counts_B = self._bounds[samples_B + 1] - self._bounds[samples_B]
-        places_A = np.concatenate([np.arange(self._bounds[s], self._bounds[s + 1]) for s in samples_B])
-        given_A = self._given[places_A]
-        answer_ids, answer_mask = self._answers.take(given_A, int(self._answers.lengths[given_A].max()))
+        given = self._given
+        counts_B = given.bounds[samples_B + 1] - given.bounds[samples_B]
+        places_A = np.concatenate([np.arange(given.bounds[s], given.bounds[s + 1]) for s in samples_B])
+        answers_A = given.answers[places_A]
+        answer_ids, answer_mask = given.sentences.take(answers_A, int(given.sentences.lengths[answers_A].max()))
         owner_A = np.repeat(np.arange(len(samples_B)), counts_B)
         return Asked(
             pictures,
@@ -216,7 +209,7 @@ class QuestionLoader:
             moved(mask, self.device),
             moved(answer_ids, self.device),
             moved(answer_mask, self.device),
-            moved(self._shares[places_A], self.device),
+            moved(given.shares[places_A], self.device),
             moved(owner_A, self.device),
             tuple(counts_B.tolist()),
         )
@@ -261,6 +254,17 @@ class QuestionLoader:
         """End the workers; a later batch starts others."""
         self._pictures.close()
 
+    @cached_property
+    def _given(self) -> _Given:
+        texts = sorted({answer for question in self.questions for answer in question.answers})
+        numbers = {text: number for number, text in enumerate(texts)}
+        votes = [Counter(filter(None, question.answers)) for question in self.questions]
+        answers, bounds = joined([np.array([numbers[text] for text in vote]) for vote in votes])
+        annotators = [len(question.answers) for question in self.questions]
+        shares = [np.array([*vote.values()]) / count for vote, count in zip(votes, annotators, strict=True)]
+        sentences = Sentences(texts, self._tokenizer, self._length, self.name)
+        return _Given(sentences, answers, joined(shares, np.float32)[0], bounds)
+
     def _unanswerable(self) -> list[str]:
         known = set(self.answers.texts)
         lost = [question.id for question in self.questions if known.isdisjoint(question.answers)]
@@ -268,6 +272,19 @@ class QuestionLoader:
             return []
         what = f"{counted(len(lost), 'question')} of {self.samples:,} cannot be answered rightly"
         return [f"{self.name}: {what}, since no answer is in the list of {self.classes:,} ({examples(lost)})."]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The different answers of each question, one question's behind the other's."""
+
+    sentences: Sentences
+    answers: np.ndarray
+    """Numbers of sentences, int32."""
+    shares: np.ndarray
+    """Of the question's annotators who gave them, float32."""
+    bounds: np.ndarray
+    """Where each question's answers begin, and the last one's end."""
 
 
 # --- the parts of a set ---
