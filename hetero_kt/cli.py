@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("shards", help="write a data set of pictures as webdataset shards, for training")
     command.add_argument(
-        "source", metavar="IMAGEFOLDER|PARQUET", help="class folders, or train/ and val/ with such; Parquet"
+        "source",
+        metavar="IMAGEFOLDER|PARQUET",
+        help="class folders, or train/ and val/ with such; Parquet; or a folder of pictures without classes",
     )
     command.add_argument("out", metavar="OUT", help="gets train/ and, where there is a validation part, validation/")
     command.add_argument("--shard-size", default="256MB", metavar="SIZE", help="samples (10000) or bytes (256MB)")
@@ -165,17 +167,19 @@ def _report(arguments: argparse.Namespace) -> int:
 def _shards(arguments: argparse.Namespace) -> int:
     from hetero_kt.data import sharding
 
-    parts = sharding.write(
-        arguments.source,
-        arguments.out,
-        shard_size=arguments.shard_size,
-        workers=arguments.workers,
-        validation=arguments.validation,
-    )
+    how: dict[str, Any] = {"shard_size": arguments.shard_size, "workers": arguments.workers}
+    plain = sharding.is_plain(arguments.source)
+    if plain:
+        if arguments.validation:
+            raise ValueError("shards: --validation goes with classes: shard the other folder by a command of its own.")
+        parts = [sharding.write_plain(arguments.source, arguments.out, **how)]
+    else:
+        parts = sharding.write(arguments.source, arguments.out, validation=arguments.validation, **how)
     for part in parts:
         earlier = f", {part.kept} of them from an earlier run" if part.kept else ""
+        classes = "" if plain else f" of {part.classes} classes"
         print(
-            f"{part.folder}: {part.pictures:,} pictures of {part.classes} classes in {part.shards} shards{earlier}, "
+            f"{part.folder}: {part.pictures:,} pictures{classes} in {part.shards} shards{earlier}, "
             f"{part.bytes / 1e6:,.1f} MB"
         )
     return 0

@@ -111,9 +111,46 @@ def test_help_lists_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
         "report",
         "shards",
         "export",
+        "ask",
         "features",
     ]
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sites" in fails(capsys, "site")
+
+
+def test_a_folder_of_pictures_becomes_shards_without_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    from hetero_kt.data.gallery import Folders
+
+    source, out = tmp_path / "plain", tmp_path / "train2014"
+    source.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8), (200, 0, 0)).save(source / f"{name}.png")
+    cli.main(["shards", str(source), str(out), "--workers", "1"])
+    assert f"{out}: 2 pictures in 1 shards, " in capsys.readouterr().out
+    gallery = Folders(tmp_path, ["train2014/a.png", "train2014/b.png"], "stop")
+    assert gallery.picture("train2014/b.png").getpixel((0, 0)) == (200, 0, 0)
+    assert "--validation goes with classes" in fails(
+        capsys, "shards", str(source), str(tmp_path / "more"), "--validation", str(source)
+    )
+
+
+def test_export_lists_folders_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run / "export" / "bert"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"")
+    cli.main(["export", str(run)])
+    assert str(folder / "model.safetensors") in capsys.readouterr().out.splitlines()
+
+
+def test_sites_of_an_xvlm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    cli.main(["sites", "xvlm:tiny", "--image-size", "64"])
+    printed = capsys.readouterr().out
+    for name in ("vision_encoder.blocks.1.attn.qkv.weight[v]", "crossattention.self.value.weight", "64 x 64"):
+        assert name in printed
