@@ -149,7 +149,7 @@ def test_export_lists_folders_too(run: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_sites_of_an_xvlm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "200")
     cli.main(["sites", "xvlm:tiny", "--image-size", "64"])
     printed = capsys.readouterr().out
     for name in ("vision_encoder.blocks.1.attn.qkv.weight[v]", "crossattention.self.value.weight", "64 x 64"):
