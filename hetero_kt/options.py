@@ -52,8 +52,8 @@ class Options:
     """`auto` goes on from the run folder's last checkpoint, `never` starts anew, PATH goes on from it."""
     zero_config: str = ""
     """File with DeepSpeed's `zero_optimization` block, for every trained model."""
-    train_fraction: float = 1.0
-    """Share of the training pictures that every set of pictures with texts keeps."""
+    train_fraction: float = 0.0
+    """Share of the training pictures that every set of pictures with texts keeps; 0 is as the recipe says."""
     compare: tuple[str, ...] = ()
     """Run these arms too (controls, baselines), in the same process group, and print the comparison."""
     seeds: tuple[int, ...] = ()
@@ -154,7 +154,7 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
         zero_block(options.zero_config)
         everywhere = {name: replace(model, zero=options.zero_config) for name, model in recipe.models.items()}
         recipe = replace(recipe, models=everywhere)
-    if options.train_fraction != 1.0:
+    if options.train_fraction:
         recipe = replace(recipe, data=_fractions(recipe.data, options.train_fraction))
     _, world = place()
     check_options(options)

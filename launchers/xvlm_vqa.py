@@ -1,15 +1,15 @@
 """Questions about pictures (VQA v2): knowledge moves between X-VLM's vision encoder and its text encoder while both
 train, inside one model (MergeNet, Table 2).
 
-Table 2:  deepspeed launchers/xvlm_vqa.py --train-fraction 0.1 --compare none noise shuffled --seeds 0 1 2
+Table 2:  deepspeed launchers/xvlm_vqa.py --compare none noise shuffled --seeds 0 1 2
           --variant v2t and t2v move it one way only; another weight: --method.transfers.v2t.target xvlm:...
-Variants: default (X-VLM small, both directions), v2t, t2v; base (Swin-B, 216M parameters of its encoders);
-          daquar, daquar_v2t, daquar_t2v (DAQUAR, a model for two cores); world (generated pictures).
+Variants: default (X-VLM small, both directions, a tenth of the pictures: --train-fraction), v2t, t2v; base
+          (Swin-B); daquar, daquar_v2t, daquar_t2v (DAQUAR, a model for two cores); world (generated pictures).
 Data:     vqa_v2/ (questions, annotations and COCO's train2014/ and val2014/) and tokenizer/vocab.txt in the data
           folder; daquar/ for those variants; nothing for world and --debug.
 Start:    --models.xvlm.xvlm.vision timm:vit_base_patch16_clip_quickgelu_224.openai
           --models.xvlm.xvlm.text hf:bert-base-uncased
-Hardware: one GPU with 24 GB; about 5 hours a run at a tenth of the pictures (an estimate).
+Hardware: one GPU with 24 GB; about 5 hours a run (an estimate).
 Expected: overall/other/number 45.78/31.33/28.71 -> 46.33/33.29/31.33 (v2t), 45.96/31.99/31.15 (t2v),
           46.51/33.84/31.54 (both).
 """
@@ -19,28 +19,21 @@ from dataclasses import replace
 from functools import partial
 
 from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer, Transform
+from hetero_kt.models import modality_values
 from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.run import main
 
 PICTURES = Transform(scale=(0.5, 1.0), flip=0.0, rand_augment="rand-m7-n2-mstd0.5", squash=True)
-VQA = Data("vqa", folder="vqa_v2", batch=16, image_size=384, text=Text(length=40), transform=PICTURES)
+VQA = Data("vqa", folder="vqa_v2", fraction=0.1, batch=16, image_size=384, text=Text(length=40), transform=PICTURES)
 OPTIM = Optim("adamw", lr=5e-4, weight_decay=1e-2, decay_all=False, clip=1.0)
 
 
-def transfers(vision: str, text: str, *directions: str) -> dict[str, Transfer]:
-    """Between the value projections of the last vision layer and of the last layer that reads text alone."""
-    adapter = AdapterConfig(heads=12, layers=2)
-    both = {
-        "v2t": Transfer(vision, text, cycle=2, mode="svd", adapter=adapter),
-        "t2v": Transfer(text, vision, cycle=2, mode="svd", adapter=adapter),
-    }
-    return {name: both[name] for name in directions}
-
-
-def values(blocks: str, text_layers: int) -> tuple[str, str]:
-    """Names of both weights: `blocks` is the last vision layer, of `text_layers` the last one is meant."""
-    vision = f"xvlm:vision_encoder.{blocks}.attn.qkv.weight[v]"
-    return vision, f"xvlm:text_encoder.encoder.layer.{text_layers - 1}.attention.self.value.weight"
+def transfers(model: str, *directions: str) -> MergeNet:
+    """Between the values of the last vision layer and of the last layer that reads text alone."""
+    vision, text = (f"xvlm:{weight}" for weight in modality_values(model))
+    v2t = Transfer(vision, text, cycle=2, mode="svd", adapter=AdapterConfig(heads=12, layers=2))
+    both = {"v2t": v2t, "t2v": replace(v2t, source=text, target=vision)}
+    return MergeNet({name: both[name] for name in directions})
 
 
 def small(*directions: str) -> Recipe:
@@ -48,8 +41,8 @@ def small(*directions: str) -> Recipe:
         "_".join(["xvlm_vqa", *(directions if len(directions) == 1 else ())]),
         {"xvlm": Model("xvlm:small", "vqa", optim=OPTIM, schedule=Schedule("cosine", warmup=2774))},
         {"vqa": VQA},
-        MergeNet(transfers(*values("blocks.5", 3), *directions)),
-        steps=27740,  # ten times over a tenth of the questions
+        transfers("xvlm:small", *directions),
+        steps=27740,  # ten epochs of a tenth of the pictures
         eval_every=5548,
         save_every=1000,
     )
@@ -58,7 +51,7 @@ def small(*directions: str) -> Recipe:
 def base(*directions: str) -> Recipe:
     recipe = small(*directions)
     model = replace(recipe.models["xvlm"], name="xvlm:base", checkpointing=True)
-    method = MergeNet(transfers(*values("layers.3.blocks.1", 6), *directions))
+    method = transfers("xvlm:base", *directions)
     return replace(recipe, name="xvlm_vqa_base", models={"xvlm": model}, method=method)
 
 
@@ -70,6 +63,7 @@ def daquar(*directions: str) -> Recipe:
     data = replace(
         VQA,
         folder="daquar",
+        fraction=1.0,
         batch=32,
         image_size=64,
         text=Text(length=24),
@@ -82,7 +76,7 @@ def daquar(*directions: str) -> Recipe:
         name=recipe.name.replace("vqa", "daquar"),
         models={"xvlm": model},
         data={"vqa": data},
-        method=MergeNet(transfers(*values("blocks.1", 2), *directions)),
+        method=transfers("xvlm:tiny", *directions),
         steps=636,  # three epochs
         eval_every=636,
         save_every=212,
@@ -95,7 +89,7 @@ def world(*directions: str) -> Recipe:
     plain = replace(PICTURES, scale=(1.0, 1.0), rand_augment="")
     words = Text("generated", length=24)
     data = replace(recipe.data["vqa"], folder="", batch=64, image_size=64, text=words, transform=plain)
-    method = MergeNet(transfers(*values("blocks.1", 2), *directions))
+    method = transfers("xvlm:tiny", *directions)
     return replace(recipe, name="xvlm_world", models={"xvlm": model}, data={"vqa": data}, method=method, steps=1200)
 
 

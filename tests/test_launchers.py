@@ -14,7 +14,7 @@ from torch import nn
 
 from hetero_kt import checks, options
 from hetero_kt.config import Distill, Recipe
-from hetero_kt.models import bert, build
+from hetero_kt.models import bert, build, modality_values, xvlm
 from hetero_kt.nn.reencode import find_weight
 
 LAUNCHERS = sorted((Path(__file__).parents[1] / "launchers").glob("*.py"))
@@ -34,8 +34,14 @@ HUB = {"hf:bert-base-uncased": "bert:12x768", "hf:distilbert-base-uncased": "dis
 """Models of the hub, and fresh ones of the same shapes."""
 
 
+SIDES = {"xvlm:base": 384, "xvlm:small": 384}
+
+
 @cache
 def model(name: str, data: str) -> nn.Module:
+    if data in checks.PAIRS:
+        with torch.device("meta"):
+            return xvlm.build(name, xvlm.TASKS[data], vocabulary=100, image_size=SIDES.get(name, 64))[0]
     if data in checks.TEXTS:
         return bert.build(HUB.get(name, name), bert.TASKS[data], vocabulary=100)[0]
     with torch.device("meta"):  # shapes are enough
@@ -120,3 +126,16 @@ def test_docstring_has_what_a_reader_needs(launcher: Path) -> None:
     text = load(launcher).__doc__
     for needed in ("Table", "deepspeed launchers/", "Hardware:", "Expected:"):
         assert needed in text
+
+
+@pytest.mark.parametrize("name", xvlm.known())
+def test_the_values_of_both_modalities_are_in_the_model(name: str) -> None:
+    """Of the last vision layer, and of the last layer without cross-attention."""
+    built = model(name, "vqa")
+    vision, text = modality_values(name)
+    assert find_weight(built, vision).shape[0] == find_weight(built, vision).shape[1]
+    names = [key for key, _ in built.named_parameters()]
+    layers = [int(key.split(".")[3]) for key in names if "text_encoder.encoder.layer" in key and "cross" in key]
+    assert f"layer.{min(layers) - 1}." in text
+    blocks = [key for key in names if key.startswith("vision_encoder.") and key.endswith("attn.qkv.weight")]
+    assert blocks[-1] == vision.removesuffix("[v]")

@@ -266,6 +266,8 @@ def test_an_export_goes_into_the_official_layout_and_back(trained: Recipe, tmp_p
 def test_a_fraction_of_the_training_pictures_is_one_option_away(tmp_path: Path) -> None:
     made, _ = options.resolve(lambda: recipe(tmp_path), ["--train-fraction", "0.1"])
     assert made.data["vqa"].fraction == 0.1
+    left, _ = options.resolve(lambda: made, [])
+    assert left.data["vqa"].fraction == 0.1, "what a recipe says stays"
     loader = data.open_loader(made.data["vqa"], train=True, seed=0)
     assert loader.samples == 600, "three questions about each of 200 pictures"
     with pytest.raises(ValueError, match=r"^--train-fraction 2.0 is no share of the pictures"):

@@ -32,6 +32,7 @@ _NUMBERS = ("no shapes", "one shape", "two shapes", "three shapes")
 _WORDS = "a and are at color how in is many no of one other picture shape shapes the there three two what with yes"
 _PICTURES = {True: 2000, False: 200}
 _ANNOTATORS = 10
+_COUNTS = (1, 2, 3)  # of shapes, equally often
 _KEY = counter.key(5, 0)
 _DRAWS = 32  # random numbers at hand for a picture
 
@@ -66,7 +67,7 @@ def scenes(train: bool) -> dict[str, tuple[Thing, ...]]:
     found: dict[str, tuple[Thing, ...]] = {}
     taken = {_sorted(things) for things in scenes(False).values()} if train else set()
     for number, draw in enumerate(_draws(0 if train else 1)):
-        count = (1, 1, 2, 2, 3)[draw.below(5)]
+        count = draw.one(_COUNTS)
         places = sorted(draw.several(range(len(_PLACES)), count))
         things = tuple(Thing(draw.one(list(_COLORS)), draw.one(_SHAPES), place) for place in places)
         shown = _sorted(things) if train else _sorted([thing._replace(place=0) for thing in things])
@@ -86,15 +87,15 @@ def picture(things: Sequence[Thing]) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for color, shape, place in things:
         bottom, right = divmod(place, 2)
-        x, y = 32 * right + 8, 32 * bottom + 8
+        x, y = 32 * right + 2, 32 * bottom + 2
         fill = _COLORS[color]
         if shape == "circle":
-            draw.ellipse((x, y, x + 23, y + 23), fill)
+            draw.ellipse((x, y, x + 27, y + 27), fill)
         elif shape == "square":
-            draw.rectangle((x, y, x + 23, y + 23), fill)
+            draw.rectangle((x, y, x + 27, y + 27), fill)
         else:
-            draw.rectangle((x + 8, y, x + 15, y + 23), fill)
-            draw.rectangle((x, y + 8, x + 23, y + 15), fill)
+            draw.rectangle((x + 9, y, x + 18, y + 27), fill)
+            draw.rectangle((x, y + 9, x + 27, y + 18), fill)
     return image
 
 
@@ -152,15 +153,11 @@ _Asked = tuple[str, str, list[str]]
 
 
 def _whether(things: Sequence[Thing], draw: _Draw) -> _Asked:
-    """A colour, a shape, or both in one thing."""
+    """A colour or a shape."""
+    there = {f"{thing.color} shape" for thing in things} | {thing.shape for thing in things}
     yes = bool(draw.below(2))
-    kinds = [
-        {f"{color} shape": any(thing.color == color for thing in things) for color in _COLORS},
-        {shape: any(thing.shape == shape for thing in things) for shape in _SHAPES},
-        {f"{c} {s}": any(thing[:2] == (c, s) for thing in things) for c in _COLORS for s in _SHAPES},
-    ]
-    choices = [kind for kind in ([what for what, there in kind.items() if there is yes] for kind in kinds) if kind]
-    return f"is there a {draw.one(draw.one(choices))}?", "yes" if yes else "no", ["no" if yes else "yes"]
+    others = [what for what in (*(f"{color} shape" for color in _COLORS), *_SHAPES) if what not in there]
+    return f"is there a {draw.one(sorted(there) if yes else others)}?", "yes" if yes else "no", ["no" if yes else "yes"]
 
 
 def _how_many(things: Sequence[Thing], draw: _Draw) -> _Asked:
@@ -178,22 +175,18 @@ def _how_many(things: Sequence[Thing], draw: _Draw) -> _Asked:
 
 
 def _what(things: Sequence[Thing], draw: _Draw) -> _Asked:
-    """Of a thing that is the only one of its shape, of its colour, or at its place."""
+    """Of a thing that is the only one of its shape or of its colour; or what is at a place."""
     thing = draw.one(things)
-    asked: list[_Asked] = [
-        (
-            f"what is at the {_PLACES[thing.place]}?",
-            str(thing),
-            [f"{color} {thing.shape}" for color in _COLORS if color != thing.color],
-        )
-    ]
+    others = [f"{color} {thing.shape}" for color in _COLORS if color != thing.color]
+    placed = (f"what is at the {_PLACES[thing.place]}?", str(thing), others)
+    asked: list[_Asked] = []
     if sum(other.shape == thing.shape for other in things) == 1:
         colors = [color for color in _COLORS if color != thing.color]
         asked.append((f"what color is the {thing.shape}?", thing.color, colors))
     if sum(other.color == thing.color for other in things) == 1:
         shapes = [shape for shape in _SHAPES if shape != thing.shape]
         asked.append((f"what shape is {thing.color}?", thing.shape, shapes))
-    return draw.one(asked)
+    return draw.one(asked) if asked and draw.below(4) else placed
 
 
 def _plural(shape: str) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 from hetero_kt.messages import first_line
 from hetero_kt.models import cifar, swin
 
-__all__ = ["build", "classifier", "irb_projection", "known"]
+__all__ = ["build", "classifier", "irb_projection", "known", "modality_values"]
 
 swin.register()
 
@@ -69,6 +69,28 @@ def classifier(model: nn.Module) -> str:
             if module is head:
                 return f"{name}.weight"
     raise ValueError(f"{type(model).__name__} has no single linear classifier: name the weight yourself")
+
+
+def modality_values(name: str) -> tuple[str, str]:
+    """Names of an X-VLM's value projections of its last vision layer, and of its last layer that reads text alone.
+
+    Raises ValueError for another model's name.
+    """
+    if name not in _LAST_LAYERS:
+        raise ValueError(f"{name} is no X-VLM: use {', '.join(_LAST_LAYERS)}")
+    block, layer = _LAST_LAYERS[name]
+    return (
+        f"vision_encoder.{block}.attn.qkv.weight[v]",
+        f"text_encoder.encoder.layer.{layer}.attention.self.value.weight",
+    )
+
+
+_LAST_LAYERS = {
+    "xvlm:tiny": ("blocks.1", 1),
+    "xvlm:mini": ("blocks.3", 1),
+    "xvlm:small": ("blocks.5", 2),
+    "xvlm:base": ("layers.3.blocks.1", 5),
+}
 
 
 def irb_projection(model: nn.Module, k: int) -> str:

@@ -113,7 +113,7 @@ def build(
     if family == "hf":
         if init:
             raise ValueError(f"{name}: the name and init both say where to start: set one of them")
-        source = str(_folder(name, rest))
+        source = str(found_folder(name, rest))
         kind, config = _config(name, Path(source))
         if config.vocab_size != size:
             raise ValueError(
@@ -203,7 +203,7 @@ def _heads(width: int) -> int:
     return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(d - width / 64))
 
 
-def _folder(name: str, rest: str) -> Path:
+def found_folder(name: str, rest: str) -> Path:
     """Where the files of `hf:` lie; fetched from the hub where no folder is called so."""
     path = Path(rest)
     if rest and path.is_dir():

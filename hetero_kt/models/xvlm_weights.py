@@ -443,7 +443,7 @@ def _published(source: str, option: str) -> dict[str, Tensor]:
 def _bert_folder(source: str) -> Path:
     from hetero_kt.models import bert
 
-    return bert._folder(source, source.removeprefix("hf:"))
+    return bert.found_folder(source, source.removeprefix("hf:"))
 
 
 def _modern(key: str) -> str:
