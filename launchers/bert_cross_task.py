@@ -90,9 +90,9 @@ def small() -> Recipe:
         models=models,
         data=data,
         method=MergeNet(transfers),
-        steps=400,
-        eval_every=400,
-        save_every=200,
+        steps=300,
+        eval_every=300,
+        save_every=150,
     )
 
 
