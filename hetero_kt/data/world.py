@@ -1,7 +1,7 @@
 """A generated world of pictures that can be learned: coloured shapes, with questions about them and captions.
 
 For tests and `--debug`: no files and no vocabulary of others. A picture has one to three shapes on a grid of two by
-two places, and shows as much at 32 x 32 pixels. It has one question of every kind with ten answers, most of which agree,
+two places, and shows as much at 32 x 32 pixels. It has a question of every kind with ten answers, most of which agree,
 and two captions. No two pictures of the evaluation part show the same shapes, so that a caption that names them all
 fits one alone; none of them is in the training part.
 """
