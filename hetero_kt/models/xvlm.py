@@ -18,6 +18,7 @@ A answers, T tokens of an answer, P pairs, C channels, V tokens of the vocabular
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -135,7 +136,7 @@ class _XVLM(nn.Module):
         self.vision_encoder = _vision_encoder(name, size, image_size)
         self.vision_width = int(self.vision_encoder.num_features)  # type: ignore[arg-type]
         self.text_encoder = _Bert(_bert_config(size, vocabulary), size.text, size.cross, self.vision_width)
-        _initialise(self.text_encoder)
+        _initialise(self.text_encoder, size.width)
 
     def see(self, pictures_BCHW: Tensor) -> Tensor:
         """Tokens (B, N, C) of pictures: pooled, then of each patch."""
@@ -173,7 +174,7 @@ class VQA(_XVLM):
         super().__init__(name, vocabulary, image_size)
         size = _SIZES[name]
         self.text_decoder = _Decoder(_bert_config(size, vocabulary), size.cross)
-        _initialise(self.text_decoder)
+        _initialise(self.text_decoder, size.width)
 
     def forward(
         self,
@@ -445,7 +446,10 @@ def _vision_encoder(name: str, size: _Size, image_size: int) -> nn.Module:
     options = dict(size.options)
     if swin:
         options["window_size"] = image_size // patch  # the published 7 at 224, 12 at 384, 15 at 480
-    return timm.create_model(size.vision, img_size=image_size, num_classes=0, global_pool="", **options)
+    encoder = timm.create_model(size.vision, img_size=image_size, num_classes=0, global_pool="", **options)
+    if not swin:
+        _initialise_vit(encoder)
+    return encoder
 
 
 def _bert_config(size: _Size, vocabulary: int) -> BertConfig:
@@ -468,11 +472,27 @@ def _cross_layer(config: BertConfig, seen_width: int) -> BertLayer:
     return layer
 
 
-def _initialise(module: nn.Module) -> None:
-    """BERT's: normal with 0.02, biases 0, and 0 for the padding token."""
+def _deviation(width: int) -> float:
+    """BERT's 0.02 is for 768 features. Where there are fewer, sums over them would be so small that attention begins
+    next to uniform and stays so for thousands of steps: they keep the size that they have there."""
+    return 0.02 * math.sqrt(768 / width)
+
+
+@torch.no_grad()
+def _initialise_vit(vit: Any) -> None:
+    """As `_initialise`, and CLIP's width^-0.5 for the class token and the position table."""
+    for part in vit.blocks.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=_deviation(vit.embed_dim))
+    for table in (vit.cls_token, vit.pos_embed):
+        nn.init.normal_(table, std=vit.embed_dim**-0.5)
+
+
+def _initialise(module: nn.Module, width: int) -> None:
+    """BERT's, at any width: normal with `_deviation`, biases 0, and 0 for the padding token."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, std=0.02)
+            nn.init.normal_(part.weight, std=_deviation(width))
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
     for part in module.modules():  # after the head that shares the words' weight
