@@ -88,6 +88,7 @@ def test_the_weight_of_the_papers_base_model_has_its_name_and_shape():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_decides_the_start_and_it_is_transformers_distribution(kind):
+    """With a deviation of 0.02 at 768 features, and as much more as there are fewer, by the root."""
     one, other, third = (made(f"{kind}:2x64", "masked_lm", seed)[0] for seed in (0, 0, 1))
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
@@ -95,9 +96,9 @@ def test_a_seed_decides_the_start_and_it_is_transformers_distribution(kind):
     different = 0
     for name, tensor in one.named_parameters():
         different += not torch.equal(tensor, third.get_parameter(name))
-        assert tensor.mean().item() == pytest.approx(theirs[name].mean().item(), abs=3e-3), name
+        assert tensor.mean().item() == pytest.approx(theirs[name].mean().item(), abs=1e-2), name
         if tensor.numel() > 1000:
-            assert tensor.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert tensor.std().item() == pytest.approx(0.02 * 12**0.5, rel=0.1), name
         elif tensor.numel() > 1:
             assert tensor.std().item() == pytest.approx(theirs[name].std().item(), rel=0.2, abs=1e-9), name
     assert different > 10

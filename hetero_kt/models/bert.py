@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -184,7 +185,7 @@ def _sized(name: str, vocabulary: int) -> tuple[str, Any]:
     if found is None:
         raise ValueError(f"no model is called {name!r}: use {_FORMS}, bert:4x256 for example")
     kind, layers, width = found[1], int(found[2]), int(found[3])
-    heads = _heads(width)
+    heads, spread = _heads(width), deviation(width)
     if kind == "bert":
         return kind, BertConfig(
             vocab_size=vocabulary,
@@ -192,10 +193,22 @@ def _sized(name: str, vocabulary: int) -> tuple[str, Any]:
             hidden_size=width,
             num_attention_heads=heads,
             intermediate_size=4 * width,
+            initializer_range=spread,
         )
     return kind, DistilBertConfig(
-        vocab_size=vocabulary, n_layers=layers, dim=width, n_heads=heads, hidden_dim=4 * width
+        vocab_size=vocabulary,
+        n_layers=layers,
+        dim=width,
+        n_heads=heads,
+        hidden_dim=4 * width,
+        initializer_range=spread,
     )
+
+
+def deviation(width: int) -> float:
+    """Of fresh weights. BERT's 0.02 is for 768 features; where there are fewer, sums over them would be so small that
+    attention begins next to uniform and stays so for thousands of steps, so they keep the size that they have there."""
+    return 0.02 * math.sqrt(768 / width)
 
 
 def _heads(width: int) -> int:

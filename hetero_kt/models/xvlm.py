@@ -18,7 +18,6 @@ A answers, T tokens of an answer, P pairs, C channels, V tokens of the vocabular
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -37,6 +36,7 @@ from transformers.models.bert.modeling_bert import (
 
 from hetero_kt.data.text import Tokenizer
 from hetero_kt.models import xvlm_weights
+from hetero_kt.models.bert import deviation
 from hetero_kt.models.xvlm_weights import Start
 from hetero_kt.nn.losses import alignment
 from hetero_kt.nn.losses.precision import Projection, wide
@@ -472,27 +472,21 @@ def _cross_layer(config: BertConfig, seen_width: int) -> BertLayer:
     return layer
 
 
-def _deviation(width: int) -> float:
-    """BERT's 0.02 is for 768 features. Where there are fewer, sums over them would be so small that attention begins
-    next to uniform and stays so for thousands of steps: they keep the size that they have there."""
-    return 0.02 * math.sqrt(768 / width)
-
-
 @torch.no_grad()
 def _initialise_vit(vit: Any) -> None:
     """As `_initialise`, and CLIP's width^-0.5 for the class token and the position table."""
     for part in vit.blocks.modules():
         if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=_deviation(vit.embed_dim))
+            nn.init.normal_(part.weight, std=deviation(vit.embed_dim))
     for table in (vit.cls_token, vit.pos_embed):
         nn.init.normal_(table, std=vit.embed_dim**-0.5)
 
 
 def _initialise(module: nn.Module, width: int) -> None:
-    """BERT's, at any width: normal with `_deviation`, biases 0, and 0 for the padding token."""
+    """BERT's, at any width: normal with `bert.deviation`, biases 0, and 0 for the padding token."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, std=_deviation(width))
+            nn.init.normal_(part.weight, std=deviation(width))
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
     for part in module.modules():  # after the head that shares the words' weight
