@@ -20,7 +20,7 @@ DEBUG_RANK = 4
 
 TINY_TEXT = Text(GENERATED, length=64, stride=16, question=16)
 
-TINY_WORLD = 64
+TINY_WORLD = 32
 """Pixels of the generated pictures that texts speak of."""
 
 TINY = {

@@ -85,12 +85,10 @@ def flickr8k(*directions: str) -> Recipe:
 
 def world(*directions: str) -> Recipe:
     recipe = flickr8k(*directions)
-    model = replace(recipe.models["xvlm"], name="xvlm:tiny", optim=replace(OPTIM, lr=2e-3))
     plain = replace(PICTURES, scale=(1.0, 1.0), flip=0.0, rand_augment="")
-    words = Text("generated", length=24)
-    data = replace(recipe.data["captions"], folder="", batch=64, image_size=64, text=words, transform=plain)
-    method = transfers("xvlm:tiny", *directions)
-    return replace(recipe, name="xvlm_world_retrieval", models={"xvlm": model}, data={"captions": data}, method=method)
+    words = Text("generated", length=40)
+    data = replace(recipe.data["captions"], folder="", batch=32, image_size=32, text=words, transform=plain)
+    return replace(recipe, name="xvlm_world_retrieval", data={"captions": data}, steps=600, eval_every=600)
 
 
 BOTH = ("v2t", "t2v")

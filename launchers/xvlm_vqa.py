@@ -85,12 +85,10 @@ def daquar(*directions: str) -> Recipe:
 
 def world(*directions: str) -> Recipe:
     recipe = daquar(*directions)
-    model = replace(recipe.models["xvlm"], name="xvlm:tiny", optim=replace(OPTIM, lr=2e-3))
     plain = replace(PICTURES, scale=(1.0, 1.0), rand_augment="")
-    words = Text("generated", length=24)
-    data = replace(recipe.data["vqa"], folder="", batch=64, image_size=64, text=words, transform=plain)
-    method = transfers("xvlm:tiny", *directions)
-    return replace(recipe, name="xvlm_world", models={"xvlm": model}, data={"vqa": data}, method=method, steps=1200)
+    words = Text("generated", length=40)
+    data = replace(recipe.data["vqa"], folder="", batch=64, image_size=32, text=words, transform=plain)
+    return replace(recipe, name="xvlm_world", data={"vqa": data}, steps=1600, eval_every=1600)
 
 
 BOTH = ("v2t", "t2v")

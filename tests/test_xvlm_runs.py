@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.losses import alignment
 from hetero_kt.options import Options
 from hetero_kt.tasks import task_of
+
+LAUNCHERS = Path(__file__).parents[1] / "launchers"
 
 VISION = "vision_encoder.blocks.1.attn.qkv.weight[v]"
 TEXT = "text_encoder.encoder.layer.1.attention.self.value.weight"
@@ -175,6 +178,22 @@ def test_lower_precision_trains(ranks: Any, tmp_path: Path, name: str, precision
     assert losses[precision][-1] == pytest.approx(losses["fp32"][-1], rel=0.05)
     if name == "vqa":
         assert losses[precision][-1] < 0.8 * losses[precision][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", ["none", "transfer"])
+def test_the_generated_world_is_learned(ranks: Any, tmp_path: Path, control: str) -> None:
+    """With transfers and without: nine questions in ten, and most captions among ten of 200 pictures."""
+    scores = {}
+    for launcher, name in (("xvlm_vqa.py", "vqa"), ("xvlm_retrieval.py", "captions")):
+        made = runpy.run_path(str(LAUNCHERS / launcher))["VARIANTS"]["world"]()
+        made = replace(made, output_dir=str(tmp_path))
+        tiny.train(ranks(1), replace(made, method=made.method.with_arm(control)))
+        result = json.loads(next(tmp_path.glob(f"{made.name}/{control}/*/result.json")).read_text())
+        scores[name] = result["metrics"]["xvlm"]
+    assert scores["vqa"]["overall"] > 90
+    assert scores["captions"]["tr1"] > 15, "chance is 0.5"
+    assert scores["captions"]["ir10"] > 50, "chance is 5"
 
 
 # --- what a trained one answers ---
