@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from hetero_kt.config import Optim
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.params import Weight, read
-from hetero_kt.nn.losses import FitNet, InfoNCE, kd, ofa
+from hetero_kt.nn.losses import FitNet, InfoNCE, dkd, kd, nkd, ofa, rkd_angle, rkd_distance, tf_kd, uskd
 from hetero_kt.nn.losses.contrast import LARGEST_SCALE
 from hetero_kt.nn.losses.precision import Projection
 from hetero_kt.nn.stages import Layout
@@ -82,6 +82,8 @@ LOGIT_LOSSES = {
     "ofa at 0.5": lambda s, t: ofa(s, t, torch.arange(4) % 3, gamma=0.5),
     "ofa at 1": lambda s, t: ofa(s, t, torch.arange(4) % 3, gamma=1.0),
     "ofa at 1.5": lambda s, t: ofa(s, t, torch.arange(4) % 3, gamma=1.5),
+    "dkd": lambda s, t: dkd(s, t, torch.arange(4) % 3, alpha=1.0, beta=8.0, temperature=4.0),
+    "nkd": lambda s, t: nkd(s, t, torch.arange(4) % 3, gamma=1.5, temperature=3.0),
 }
 
 
@@ -104,6 +106,240 @@ def test_extreme_logits_give_finite_losses_and_gradients_on_both_sides(name: str
 def test_gradients_are_those_of_the_formula_for_a_teacher_that_learns_too(name: str) -> None:
     student, teacher, _ = logits(4, 3, 1)
     assert torch.autograd.gradcheck(LOGIT_LOSSES[name], (student.requires_grad_(), teacher.requires_grad_()))
+
+
+# --- logits, one class apart from the others ---
+
+MANY = SHAPES | {"classes": st.integers(2, 12)}
+
+
+def each(student: Tensor, teacher: Tensor, labels: Tensor) -> Any:
+    """Of each row: the right class, and both sides' logits as plain numbers."""
+    return zip(labels.tolist(), student.tolist(), teacher.tolist(), strict=True)
+
+
+def soft(row: list[float], temperature: float = 1.0) -> list[float]:
+    top = max(row)
+    powers = [math.exp((z - top) / temperature) for z in row]
+    return [power / sum(powers) for power in powers]
+
+
+@settings(max_examples=30, deadline=None)
+@given(**MANY, alpha=st.floats(0, 3), beta=st.floats(0, 10), temperature=st.floats(0.5, 20))
+def test_dkd_is_the_divergence_of_the_right_class_and_of_the_others_apart(
+    rows: int, classes: int, seed: int, alpha: float, beta: float, temperature: float
+) -> None:
+    student, teacher, labels = logits(rows, classes, seed)
+    expected = 0.0
+    for y, z_s, z_t in each(student, teacher, labels):
+        p_s, p_t = soft(z_s, temperature), soft(z_t, temperature)
+        rest_s, rest_t = (sum(p[c] for c in range(classes) if c != y) for p in (p_s, p_t))
+        tckd = p_t[y] * math.log(p_t[y] / p_s[y]) + rest_t * math.log(rest_t / rest_s)
+        others = [(p_t[c] / rest_t, p_s[c] / rest_s) for c in range(classes) if c != y]
+        expected += alpha * tckd + beta * sum(q_t * math.log(q_t / q_s) for q_t, q_s in others)
+    found = dkd(student, teacher, labels, alpha=alpha, beta=beta, temperature=temperature)
+    torch.testing.assert_close(found, torch.tensor(temperature**2 * expected / rows, dtype=torch.float64))
+
+
+def test_dkd_s_parts_add_up_to_kd_where_the_others_weigh_what_the_teacher_leaves_them() -> None:
+    student, teacher, labels = logits(6, 9, 3)
+    rows = []
+    for i in range(6):
+        row = (student[i : i + 1], teacher[i : i + 1], labels[i : i + 1])
+        left = 1 - float((row[1] / 4).softmax(-1)[0, labels[i]])
+        rows.append(dkd(*row, alpha=1.0, beta=left, temperature=4.0))
+    torch.testing.assert_close(torch.stack(rows).mean(), kd(student, teacher, temperature=4.0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(**MANY, gamma=st.floats(0, 4), temperature=st.floats(0.5, 10))
+def test_nkd_is_its_formula(rows: int, classes: int, seed: int, gamma: float, temperature: float) -> None:
+    student, teacher, labels = logits(rows, classes, seed)
+    expected = 0.0
+    for y, z_s, z_t in each(student, teacher, labels):
+        expected -= soft(z_t)[y] * math.log(soft(z_s)[y])
+        q_s, q_t = (soft([z for c, z in enumerate(row) if c != y], temperature) for row in (z_s, z_t))
+        expected -= gamma * temperature**2 * sum(t * math.log(s) for s, t in zip(q_s, q_t, strict=True))
+    found = nkd(student, teacher, labels, gamma=gamma, temperature=temperature)
+    torch.testing.assert_close(found, torch.tensor(expected / rows, dtype=torch.float64))
+
+
+def test_nkd_s_others_are_normalised_without_the_right_class() -> None:
+    """Both sides' logit of the right class moves the target's part alone."""
+    student, teacher, labels = logits(5, 7, 0)
+    own = F.one_hot(labels, 7).double()
+
+    def others(student: Tensor, teacher: Tensor) -> Tensor:
+        options = {"temperature": 2.0}
+        return nkd(student, teacher, labels, gamma=1.0, **options) - nkd(student, teacher, labels, gamma=0.0, **options)
+
+    torch.testing.assert_close(others(student + 5 * own, teacher - 3 * own), others(student, teacher))
+    assert not torch.isclose(others(student + 5 * (1 - own) * torch.arange(7), teacher), others(student, teacher))
+
+
+@settings(max_examples=30, deadline=None)
+@given(**MANY, temperature=st.floats(0.5, 40))
+def test_tf_kd_is_a_virtual_teacher_in_both_forms(rows: int, classes: int, seed: int, temperature: float) -> None:
+    student, _, labels = logits(rows, classes, seed)
+    paper = public = 0.0
+    for y, z_s, _ in each(student, student, labels):
+        u = soft([0.99 if c == y else 0.01 / (classes - 1) for c in range(classes)], temperature)
+        paper += temperature**2 * sum(p * math.log(p / s) for p, s in zip(u, soft(z_s, temperature), strict=True))
+        public += sum(p * math.log(p / s) for p, s in zip(u, soft(z_s), strict=True)) / classes
+    for form, expected in ((False, paper), (True, public)):
+        found = tf_kd(student, labels, temperature=temperature, public=form)
+        torch.testing.assert_close(found, torch.tensor(expected / rows, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_uskd_is_its_formula(public: bool) -> None:
+    student, weak, labels = logits(6, 8, 1)
+    squares = [soft(z)[y] ** 2 for y, z, _ in each(student, weak, labels)]
+    target = others = weakly = 0.0
+    for (y, z_s, z_w), square in zip(each(student, weak, labels), squares, strict=True):
+        p, w = soft(z_s), soft(z_w)
+        target -= (square + 1 - sum(squares) / 6) * math.log(p[y])
+        if public:
+            scores = {c: w[c] / (1 - w[y] + 1e-6) + math.log(p[c]) / (1 - math.log(p[y]) + 1e-6) for c in range(8)}
+        else:
+            scores = {c: w[c] / (1 - w[y]) + p[c] / (1 - p[y]) for c in range(8) if c != y}
+        ranked = sorted(scores, key=lambda c: -scores[c])
+        zipf = {c: 1 / rank for rank, c in enumerate(ranked, start=1) if c != y}
+        others -= sum(z / sum(zipf.values()) * math.log(p[c] / (1 - p[y])) for c, z in zipf.items())
+        weakly -= sum((0.9 * (c == y) + 0.1 / 8) * math.log(w[c]) for c in range(8))
+    found = uskd(student, weak, labels, public=public)
+    torch.testing.assert_close(torch.stack(found), torch.tensor([target, others, weakly], dtype=torch.float64) / 6)
+
+
+def test_nothing_flows_through_uskd_s_factor_and_ranks() -> None:
+    student, weak, labels = (x.requires_grad_() if x.is_floating_point() else x for x in logits(6, 8, 1))
+    terms = uskd(student, weak, labels)
+    (slope,) = torch.autograd.grad(terms.target, student, retain_graph=True)
+    p = student.detach().softmax(-1)
+    square = p.gather(1, labels[:, None]).square()
+    factor = square + 1 - square.mean()
+    torch.testing.assert_close(slope, factor * (p - F.one_hot(labels, 8)) / 6)
+    others = torch.autograd.grad(terms.others, (student, weak), allow_unused=True)
+    assert others[1] is None
+    assert torch.autograd.grad(terms.weak, (student, weak), allow_unused=True)[0] is None
+
+
+CLASS_LOSSES = {
+    "dkd": lambda s, t, y: dkd(s, t, y, alpha=1.0, beta=8.0, temperature=4.0),
+    "nkd": lambda s, t, y: nkd(s, t, y, gamma=1.5, temperature=3.0),
+    "uskd": lambda s, t, y: torch.stack(uskd(s, t, y)[:2]),
+}
+
+
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+def test_the_largest_of_mixed_labels_is_the_right_class(name: str) -> None:
+    student, teacher, labels = logits(5, 7, 0)
+    mixed = 0.6 * F.one_hot(labels, 7) + 0.4 * F.one_hot(labels.roll(1), 7)
+    loss = CLASS_LOSSES[name]
+    assert torch.equal(loss(student, teacher, mixed), loss(student, teacher, labels))
+    assert not torch.equal(loss(student, teacher, labels.roll(1)), loss(student, teacher, labels))
+
+
+def test_mixed_labels_mix_the_virtual_teachers_and_the_weak_logits_labels() -> None:
+    student, weak, labels = logits(5, 7, 0)
+    assert torch.equal(
+        tf_kd(student, F.one_hot(labels, 7).double(), temperature=20.0), tf_kd(student, labels, temperature=20.0)
+    )
+    mixed = 0.6 * F.one_hot(labels, 7).double() + 0.4 * F.one_hot(labels.roll(1), 7)
+    one, other = uskd(student, weak, labels).weak, uskd(student, weak, labels.roll(1)).weak
+    torch.testing.assert_close(uskd(student, weak, mixed).weak, 0.6 * one + 0.4 * other)
+    u = (0.01 / 6 + (0.99 - 0.01 / 6) * mixed).div(20).softmax(-1)
+    log_p = student.div(20).log_softmax(-1)
+    torch.testing.assert_close(tf_kd(student, mixed, temperature=20.0), 400 * (u * (u.log() - log_p)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_the_losses_without_a_teacher_take_extreme_logits_and_have_the_formula_s_gradients(public: bool) -> None:
+    labels = torch.arange(4) % 3
+    rows = [[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [0.0, 0.0, 0.0], [1e4, 1e4, 1e4]]
+    student, weak = (torch.tensor(rows, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    loss = tf_kd(student, labels, temperature=20.0, public=public) + sum(uskd(student, weak, labels, public=public))
+    loss.backward()
+    for x in (loss, student.grad, weak.grad):
+        assert x is not None
+        assert x.isfinite().all()
+    assert loss.dtype == torch.float32
+    wide, other, _ = logits(4, 3, 1)
+    assert torch.autograd.gradcheck(lambda s: tf_kd(s, labels, temperature=20.0, public=public), wide.requires_grad_())
+    # The factor is detached, so that finite differences hold for the other two alone.
+    assert torch.autograd.gradcheck(lambda s, w: uskd(s, w, labels, public=public)[1:], (wide, other.requires_grad_()))
+
+
+# --- relations ---
+
+
+def rows_of_features(seed: int, *widths: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(5, width, generator=generator, dtype=torch.float64) for width in widths]
+
+
+def huber(a: float, b: float) -> float:
+    return 0.5 * (a - b) ** 2 if abs(a - b) < 1 else abs(a - b) - 0.5
+
+
+def length(x: Tensor) -> float:
+    return math.sqrt(float((x * x).sum()))
+
+
+def test_rkd_distance_is_its_formula() -> None:
+    student, teacher = rows_of_features(0, 6, 4)
+    relative = []
+    for f in (student, teacher):
+        d = [[length(f[i] - f[j]) for j in range(5)] for i in range(5)]
+        mean = sum(map(sum, d)) / 20
+        relative.append([[x / mean for x in row] for row in d])
+    expected = sum(huber(relative[0][i][j], relative[1][i][j]) for i in range(5) for j in range(5)) / 25
+    assert float(rkd_distance(student, teacher)) == pytest.approx(expected)
+
+
+def test_rkd_angle_is_its_formula() -> None:
+    student, teacher = rows_of_features(1, 6, 4)
+
+    def cosine(f: Tensor, i: int, j: int, k: int) -> float:
+        if i in (j, k):
+            return 0.0
+        a, b = f[j] - f[i], f[k] - f[i]
+        return float((a * b).sum()) / length(a) / length(b)
+
+    triplets = [(i, j, k) for i in range(5) for j in range(5) for k in range(5)]
+    expected = sum(huber(cosine(student, *t), cosine(teacher, *t)) for t in triplets) / 125
+    assert float(rkd_angle(student, teacher)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", [rkd_distance, rkd_angle])
+def test_rkd_knows_no_rotation_shift_or_scale(loss: Any) -> None:
+    student, teacher = rows_of_features(2, 6, 6)
+    turn, _ = torch.linalg.qr(rows_of_features(3, 6)[0].T @ rows_of_features(3, 6)[0] + torch.eye(6))
+    moved = 3 * student @ turn + 7
+    torch.testing.assert_close(loss(moved, teacher), loss(student, teacher))
+    assert float(loss(moved, student)) == pytest.approx(0, abs=1e-12)
+    assert loss(student * torch.arange(1, 7), teacher) != pytest.approx(float(loss(student, teacher)), rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", [rkd_distance, rkd_angle])
+def test_rkd_s_gradients_are_the_formula_s_and_the_student_s_alone(loss: Any) -> None:
+    student, teacher = (x.requires_grad_() for x in rows_of_features(4, 3, 4))
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher), student)
+    loss(student, teacher).backward()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("loss", [rkd_distance, rkd_angle])
+def test_rkd_of_rows_that_coincide_is_finite(loss: Any) -> None:
+    apart = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for rows in (torch.zeros(4, 3), torch.ones(4, 3).bfloat16() * 1e4, apart[[0, 0, 1, 2]], apart[:1]):
+        student = rows.clone().requires_grad_()
+        value = loss(student, apart[: len(rows)])
+        value.backward()
+        assert value.isfinite()
+        assert value.dtype == torch.float32
+        assert student.grad is not None
+        assert student.grad.isfinite().all()
 
 
 # --- InfoNCE ---

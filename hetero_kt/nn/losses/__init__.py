@@ -1,6 +1,7 @@
 """What a student is compared with its teacher by, grouped by what is compared.
 
-    logits.py     class probabilities: `kd`, `ofa`
+    logits.py     class probabilities: `kd`, `dkd`, `nkd`, `ofa`; without a teacher: `tf_kd`, `uskd`
+    relations.py  distances and angles between a batch's features: `rkd_distance`, `rkd_angle`
     contrast.py   pooled features, each against a batch of them: `InfoNCE`
     features.py   feature maps: `FitNet`
 
@@ -11,6 +12,7 @@ All of it computes in float32 at least, whatever the models compute in, and also
 
 from hetero_kt.nn.losses.contrast import InfoNCE
 from hetero_kt.nn.losses.features import FitNet
-from hetero_kt.nn.losses.logits import kd, ofa
+from hetero_kt.nn.losses.logits import dkd, kd, nkd, ofa, tf_kd, uskd
+from hetero_kt.nn.losses.relations import rkd_angle, rkd_distance
 
-__all__ = ["FitNet", "InfoNCE", "kd", "ofa"]
+__all__ = ["FitNet", "InfoNCE", "dkd", "kd", "nkd", "ofa", "rkd_angle", "rkd_distance", "tf_kd", "uskd"]
