@@ -20,7 +20,7 @@ BERTS = ("bert", "distilbert", "hf")
 XVLMS = ("xvlm:tiny", "xvlm:mini", "xvlm:small", "xvlm:base")
 """Models that see pictures and read texts."""
 
-ASIDE = ("fused", "branches", "projections")
+ASIDE = {"fbt": "fused", "ofa": "branches", "fitnet": "projections", "crd": "embeddings", "uskd": "head"}
 """What objectives of distillation train beside the student, as it is logged."""
 
 BELONGS_ELSEWHERE = {
@@ -209,15 +209,15 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
     if len(recipe.models) != 1:
         raise ValueError(f"--models has {len(recipe.models)} entries: distillation trains one student.")
     ((name, student),) = recipe.models.items()
-    if name in ASIDE:
+    if name in ASIDE.values():
         raise ValueError(f"--models.{name}: what is trained aside is called so: give the student another name.")
     if recipe.data[student.data].name in (*TEXTS, *PAIRS):
         raise ValueError(f"--models.{name}.data {student.data} holds texts: distillation is for pictures alone.")
     if method.objective == "none":
         return
-    if not method.teachers:
+    if method.taught and not method.teachers:
         raise ValueError(f"--method.teachers is empty: objective {method.objective} needs a teacher.")
-    for teacher, config in method.teachers.items():
+    for teacher, config in method.teachers.items() if method.taught else ():
         _check_teacher(f"--method.teachers.{teacher}", teacher, config, name)
         # How one of several teachers' fused model is logged.
         if (fused := f"fused_{teacher}") == name:
@@ -226,13 +226,17 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
             raise ValueError(
                 f"--method.teachers.{fused}: teacher {teacher}'s fused model is called so: give another name."
             )
-    if method.objective != "kd" and zero_block(student.zero, f"--models.{name}.zero")["stage"] == 0:
+    if method.objective in ASIDE and zero_block(student.zero, f"--models.{name}.zero")["stage"] == 0:
         raise ValueError(
             f"--models.{name}.zero {student.zero} is stage 0, under which DeepSpeed takes no backward through several "
             "engines: use ds_configs/zero1.json."
         )
     for option, value in (
         ("kd.temperature", method.kd.temperature),
+        ("dkd.temperature", method.dkd.temperature),
+        ("nkd.temperature", method.nkd.temperature),
+        ("tfkd.temperature", method.tfkd.temperature),
+        ("crd.temperature", method.crd.temperature),
         ("ofa.gamma", method.ofa.gamma),
         ("fbt.gamma", method.fbt.gamma),
     ):
@@ -240,10 +244,40 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
             raise ValueError(f"--method.{option} {value} is not positive: use 1, for example.")
     for option, value in (
         ("kd.weight", method.kd.weight),
+        ("kd.labels", method.kd.labels),
+        ("rkd.distance", method.rkd.distance),
+        ("rkd.angle", method.rkd.angle),
+        ("dkd.alpha", method.dkd.alpha),
+        ("dkd.beta", method.dkd.beta),
+        ("nkd.gamma", method.nkd.gamma),
+        ("tfkd.multiplier", method.tfkd.multiplier),
+        ("uskd.alpha", method.uskd.alpha),
+        ("uskd.beta", method.uskd.beta),
+        ("uskd.mu", method.uskd.mu),
+        ("crd.weight", method.crd.weight),
         ("ofa.weight", method.ofa.weight),
         ("fitnet.weight", method.fitnet.weight),
     ):
         _not_negative(f"--method.{option}", value)
+    for option, value in (
+        ("dkd.warmup", method.dkd.warmup),
+        ("tfkd.weight", method.tfkd.weight),
+        ("tfkd.correct", method.tfkd.correct),
+        ("crd.momentum", method.crd.momentum),
+    ):
+        if not 0 <= value <= 1:
+            raise ValueError(f"--method.{option} {value} is no share: use 0 to 1.")
+    _at_least("--method.crd.width", method.crd.width, 1)
+    _at_least("--method.crd.negatives", method.crd.negatives, 1)
+    if method.objective == "rkd" and not (method.rkd.distance or method.rkd.angle):
+        raise ValueError("--method.rkd.distance and --method.rkd.angle are both 0: raise one, or use --control none.")
+    if method.objective == "tfkd" and method.taught:
+        for teacher, config in method.teachers.items():
+            if config.name != student.name:
+                raise ValueError(
+                    f"--method.teachers.{teacher}.name {config.name} is not the student's {student.name}, whose own "
+                    "earlier run teaches under --method.tfkd.form self: name that, or use --control kd."
+                )
     if not method.fbt.terms:
         raise ValueError("--method.fbt.terms is empty: name at least one, or use --control none.")
 

@@ -234,8 +234,8 @@ class MergeNet:
         return typing.get_args(Control)
 
 
-Objective = Literal["none", "kd", "ofa", "fitnet", "fbt"]
-"""What a student learns from its teachers: nothing, or the loss of this method."""
+Objective = Literal["none", "kd", "rkd", "dkd", "nkd", "tfkd", "uskd", "crd", "ofa", "fitnet", "fbt"]
+"""What a student learns besides its labels: nothing, or the loss of this method."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,88 @@ class KD:
 
     temperature: float = 4.0
     weight: float = 1.0
+    labels: float = 1.0
+    """Of the labels' cross-entropy. Published mixtures are 0.1 beside a `weight` of 0.9, and for teacher assistants
+    (Mirzadeh et al. 2020, arXiv 1902.03393) 1 - l beside l."""
+
+
+@dataclass(frozen=True)
+class RKD:
+    """Relational distillation (Park et al. 2019) of the pooled features, within one rank's micro-batch."""
+
+    distance: float = 25.0
+    """Weight of the distances; with 1 here and 2 for angles as the paper has them for embeddings."""
+    angle: float = 50.0
+    """Weight of the angles."""
+
+
+@dataclass(frozen=True)
+class DKD:
+    """Decoupled distillation (Zhao et al. 2022)."""
+
+    alpha: float = 1.0
+    """Of the right class against all others."""
+    beta: float = 8.0
+    """Of the others among themselves; 8 for ResNet50 -> MobileNetV2, 6 for VGG13 -> MobileNetV2."""
+    temperature: float = 4.0
+    warmup: float = 1 / 12
+    """Share of the run over which both weights rise from 0: 20 of 240 epochs."""
+
+
+@dataclass(frozen=True)
+class NKD:
+    """Normalised distillation (Yang et al. 2023)."""
+
+    gamma: float = 3.5
+    """Of the classes that are not right; 1.5 at a temperature of 1 on ImageNet."""
+    temperature: float = 3.0
+
+
+@dataclass(frozen=True)
+class TfKD:
+    """Teacher-free distillation (Yuan et al. 2020): L = (1 - weight) CE + weight * multiplier * divergence."""
+
+    form: Literal["regularised", "self"] = "regularised"
+    """From a made-up teacher, or from the student's own earlier run (the recipe's teacher)."""
+    weight: float = 0.95
+    temperature: float = 20.0
+    """40 where the public code regularises MobileNetV2."""
+    correct: float = 0.99
+    """Of `regularised`: what the made-up teacher gives the right class."""
+    multiplier: float = 1.0
+    public: bool = False
+    """The public code's divergence: a mean over classes too, and for `regularised` without temperature on the student's
+    side."""
+
+
+@dataclass(frozen=True)
+class USKD:
+    """Universal self-distillation (Yang et al. 2023), without a teacher; its authors' weights on CIFAR-100."""
+
+    alpha: float = 0.1
+    """Of the right class; 1 on ImageNet."""
+    beta: float = 0.1
+    """Of the others."""
+    mu: float = 0.1
+    """Of the weak logits, from the third stage's pooled feature; 0.005 on ImageNet."""
+    public: bool = False
+    """Others are ranked as the public code does."""
+
+
+@dataclass(frozen=True)
+class CRD:
+    """Contrastive representation distillation (Tian et al. 2020)."""
+
+    weight: float = 0.8
+    width: int = 128
+    """Of the embeddings."""
+    negatives: int = 16384
+    """Of each row, out of the memory, all of other classes."""
+    temperature: float = 0.07
+    momentum: float = 0.5
+    """Of a sample's embedding in memory."""
+    public: bool = True
+    """Scores are normalised as the public code does, which the weight is meant for; False is the paper's formula."""
 
 
 @dataclass(frozen=True)
@@ -317,6 +399,12 @@ class Distill:
     teachers: dict[str, Teacher]
     objective: Objective = "fbt"
     kd: KD = field(default_factory=KD)
+    rkd: RKD = field(default_factory=RKD)
+    dkd: DKD = field(default_factory=DKD)
+    nkd: NKD = field(default_factory=NKD)
+    tfkd: TfKD = field(default_factory=TfKD)
+    uskd: USKD = field(default_factory=USKD)
+    crd: CRD = field(default_factory=CRD)
     ofa: OFA = field(default_factory=OFA)
     fitnet: FitNet = field(default_factory=FitNet)
     fbt: FBT = field(default_factory=FBT)
@@ -333,6 +421,17 @@ class Distill:
     def arms(self) -> tuple[str, ...]:
         """What `arm` may be."""
         return typing.get_args(Objective)
+
+    @property
+    def taught(self) -> bool:
+        """Whether this arm asks its teachers; the others need none."""
+        regularised = self.objective == "tfkd" and self.tfkd.form == "regularised"
+        return self.objective not in ("none", "uskd") and not regularised
+
+    @property
+    def label_weight(self) -> float:
+        """Of the student's own cross-entropy."""
+        return {"kd": self.kd.labels, "tfkd": 1 - self.tfkd.weight}.get(self.objective, 1.0)
 
 
 @dataclass(frozen=True)

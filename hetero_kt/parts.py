@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from hetero_kt import data, models
@@ -313,8 +314,8 @@ def _prepare_distill(
         raise ValueError(f"--models.{name}.name {model.name}: {error}.") from error
     stages.checkpointing = model.checkpointing
     teachers = {}
-    if method.objective != "none":
-        loader = train[model.data]
+    loader = train[model.data]
+    if method.taught:
         for teacher, config in method.teachers.items():
             teachers[teacher] = build_teacher(
                 config,
@@ -329,7 +330,8 @@ def _prepare_distill(
                 autocast=model.precision != "fp32",
             )
     seed_by_name(recipe, method.objective)
-    objective = build_objective(method, stages, teachers, train[model.data].classes)
+    drawn = distill.Drawn(loader.order, labels_of(loader), recipe.seed) if method.objective == "crd" else None
+    objective = build_objective(method, stages, teachers, loader.classes, recipe.budget(name), drawn, ranks.device)
     aside = objective.aside.to(ranks.device) if objective.aside is not None else None
     if aside is not None:
         _check_precision(f"--models.{name}.precision", model.precision, aside, f"{method.objective}'s {objective.name}")
@@ -340,7 +342,9 @@ def _prepare_distill(
             learners[objective.name] = _learner(recipe, name, aside, ranks, kept=False)
         for teacher in teachers.values():
             teacher.start()
-        return distill.Distillation(learners, objective, label_smoothing=model.label_smoothing)
+        return distill.Distillation(
+            learners, objective, label_smoothing=model.label_smoothing, label_weight=method.label_weight
+        )
 
     added = {objective.name: parameters(aside)} if aside is not None else {}
     return Prepared(added, teachers, start)
@@ -361,7 +365,7 @@ def check_pairs(recipe: Recipe, made_before: set[str]) -> None:
     ((name, model),) = recipe.models.items()
     pictures = recipe.data[model.data]
     _split(f"--models.{name}.name", model.name, pictures, recipe.data_dir, pictures.image_size)
-    for teacher, config in method.teachers.items():
+    for teacher, config in method.teachers.items() if method.taught else ():
         option = f"--method.teachers.{teacher}"
         _split(f"{option}.name", config.name, pictures, recipe.data_dir, config.image_size or pictures.image_size)
         if config.init not in ("", RANDOM) and config.init.removeprefix("run:") not in made_before:
@@ -375,11 +379,35 @@ def _split(option: str, name: str, pictures: Data, data_dir: str, size: int) -> 
         raise ValueError(f"{option} {name}: {str(error).rstrip('.')}.") from error
 
 
+def labels_of(loader: Any) -> Tensor:
+    """The class of every training sample of a loader of pictures, (S,)."""
+    return torch.as_tensor((loader.images if hasattr(loader, "images") else loader._source).labels).cpu()
+
+
 def build_objective(
-    method: Distill, student: Stages, teachers: Mapping[str, Frozen], classes: int
+    method: Distill,
+    student: Stages,
+    teachers: Mapping[str, Frozen],
+    classes: int,
+    steps: int = 0,
+    drawn: distill.Drawn | None = None,
+    device: torch.device | str = "cpu",
 ) -> distill.Objective:
+    """The recipe's objective; without `steps` and `drawn`, one to look at only."""
     if method.objective == "kd":
         return distill.KD(method.kd, teachers)
+    if method.objective == "rkd":
+        return distill.RKD(method.rkd, teachers)
+    if method.objective == "dkd":
+        return distill.DKD(method.dkd, teachers, steps)
+    if method.objective == "nkd":
+        return distill.NKD(method.nkd, teachers)
+    if method.objective == "tfkd":
+        return distill.TfKD(method.tfkd, teachers)
+    if method.objective == "uskd":
+        return distill.USKD(method.uskd, student, classes)
+    if method.objective == "crd":
+        return distill.CRD(method.crd, student, teachers, drawn, device)
     if method.objective == "ofa":
         return distill.OFA(method.ofa, student, teachers, classes)
     if method.objective == "fitnet":

@@ -226,9 +226,10 @@ def show(recipe: Recipe, world: int) -> None:
     elif method.objective != "none":  # else no teacher is there
         ((_, student),) = modules.items()
         ours = _student(recipe, student)
-        teachers = {name: _teacher(recipe, method, name) for name in method.teachers}
+        teachers = {name: _teacher(recipe, method, name) for name in method.teachers} if method.taught else {}
         aside = aside_cost(recipe, ours, teachers, world)
-        tables.append(_teachers_table(recipe, method, teachers, world))
+        if teachers:
+            tables.append(_teachers_table(recipe, method, teachers, world))
         # The other objectives add neither, and Table 6 compares these two.
         if method.objective in ("fbt", "ofa"):
             tables.append(_additions_table(recipe, method, ours, teachers))

@@ -39,6 +39,7 @@ from hetero_kt.folder import run_folder
 from hetero_kt.methods import distill
 from hetero_kt.methods.fbt import FBT
 from hetero_kt.models.teacher import Frozen
+from hetero_kt.nn.losses.memory import Memory, Negatives
 from hetero_kt.nn.stages import Stages, expose
 from hetero_kt.options import Options
 from hetero_kt.tasks.classification import evaluate
@@ -207,6 +208,150 @@ def fitnet_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Ten
     return {"student/loss": F.cross_entropy(answer["logits"], y), "teacher_to_student/fitnet_loss": 0.5 * compared}
 
 
+def rkd_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    answer, known = run_stages(student, x), known_of(teacher, x)
+    found = {"student/loss": F.cross_entropy(answer["logits"], y)}
+    for kind, weight in (("distance", 25), ("angle", 50)):
+        relations = [relation(kind, one["pooled"]) for one in (answer, known)]
+        found[f"teacher_to_student/{kind}_loss"] = weight * F.smooth_l1_loss(*relations)
+    return found
+
+
+def relation(kind: str, f: Tensor) -> Tensor:
+    rows = range(len(f))
+    if kind == "distance":
+        d = torch.stack([(f[i] - f[j] + 1e-30).norm() for i in rows for j in rows if i != j])
+        return torch.cat([d / d.mean(), d.new_zeros(len(f))])
+    unit = {(i, j): (f[j] - f[i]) / (f[j] - f[i]).norm() for i in rows for j in rows if i != j}
+    zero = f.new_zeros(f.shape[1])
+    return torch.stack([unit.get((i, j), zero) @ unit.get((i, k), zero) for i in rows for j in rows for k in rows])
+
+
+class DKDTerms:
+    """Its warm-up is half of the run: it counts the calls."""
+
+    calls = 0
+
+    def __call__(self, student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        risen = min((self.calls // 4 + 1) / (STEPS / 2), 1)
+        self.calls += 1
+        answer, known = run_stages(student, x), known_of(teacher, x)
+        right = F.one_hot(y, CLASSES).bool()
+        (b_s, q_s), (b_t, q_t) = (parted(one["logits"] / 4, right) for one in (answer, known))
+        taught = 16 * ((b_t * (b_t / b_s).log()).sum() + 8 * (q_t * (q_t / q_s).log()).sum()) / len(y)
+        return {
+            "student/loss": F.cross_entropy(answer["logits"], y),
+            "teacher_to_student/dkd_loss": risen * taught,
+        }
+
+
+def parted(logits: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of right and wrong, and of the wrong ones among themselves."""
+    p = logits.softmax(1)
+    own = p[right].unsqueeze(1)
+    return torch.cat([own, 1 - own], 1), p[~right].view(len(p), -1) / (1 - own)
+
+
+def nkd_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    answer, known = run_stages(student, x), known_of(teacher, x)
+    right = F.one_hot(y, CLASSES).bool()
+    p_s, p_t = answer["logits"].softmax(1)[right], known["logits"].softmax(1)[right]
+    q_s, q_t = (parted(one["logits"] / 3, right)[1] for one in (answer, known))
+    taught = -(p_t * p_s.log()).mean() - 3.5 * 9 * (q_t * q_s.log()).sum(1).mean()
+    return {"student/loss": F.cross_entropy(answer["logits"], y), "teacher_to_student/nkd_loss": taught}
+
+
+def tfkd_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    answer = run_stages(student, x)
+    u = (F.one_hot(y, CLASSES) * (0.99 - 0.01 / 9) + 0.01 / 9).div(20).softmax(1)
+    taught = 400 * (u * (u.log() - (answer["logits"] / 20).log_softmax(1))).sum(1).mean()
+    return {"student/loss": 0.05 * F.cross_entropy(answer["logits"], y), "student/tf_loss": 0.95 * taught}
+
+
+def self_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    answer, known = run_stages(student, x), known_of(teacher, x)
+    p = (known["logits"] / 20).softmax(1)
+    taught = 400 * (p * (p.log() - (answer["logits"] / 20).log_softmax(1))).mean()
+    own = F.cross_entropy(answer["logits"], y)
+    return {"student/loss": 0.05 * own, "teacher_to_student/kd_loss": 0.95 * taught}
+
+
+def uskd_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    answer = run_stages(student, x)
+    feature = answer["stages"][2]
+    pooled = feature.mean((2, 3)) if feature.ndim == 4 else feature[:, 1:].mean(1)
+    weak = pooled @ aside.classifier.weight.T + aside.classifier.bias
+    right = F.one_hot(y, CLASSES).bool()
+    p = answer["logits"].softmax(1)
+    square = p[right].detach().square()
+    q, w = parted(answer["logits"], right)[1], parted(weak, right)[1]
+    places = torch.arange(1, CLASSES).float()
+    order = (q + w).argsort(1, descending=True)
+    zipf = torch.empty_like(q).scatter_(1, order, (1 / places / (1 / places).sum()).expand_as(q))
+    smooth = 0.9 * right + 0.1 / CLASSES
+    return {
+        "student/loss": F.cross_entropy(answer["logits"], y),
+        "student/target_loss": -0.1 * ((square + 1 - square.mean()) * p[right].log()).mean(),
+        "student/others_loss": -0.1 * (zipf * q.log()).sum(1).mean(),
+        "head/weak_loss": -0.1 * (smooth * weak.log_softmax(1)).sum(1).mean(),
+    }
+
+
+SAMPLES, NEGATIVES = 20, 5
+
+
+class Rows:
+    """An order of 20 samples, of which the second step's last rows are the first step's first."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+
+    def rows(self, step: int) -> tuple[Any, Any]:
+        samples = (step * ROWS + torch.arange(self.rank, ROWS, self.world)) % SAMPLES
+        return samples.numpy() * 0, samples.numpy()
+
+
+def drawn(rank: int, world: int) -> distill.Drawn:
+    return distill.Drawn(Rows(rank, world), torch.arange(SAMPLES) % 3, 7)  # type: ignore[arg-type]
+
+
+class CRDTerms:
+    """With the paper's formula; called for two pieces of two ranks' rows, step by step."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.memory = [side.clone() for side in Memory(SAMPLES, 6, 0.5, 7).sides]
+        self.new: list[tuple[int, Tensor, Tensor]] = []
+
+    def __call__(self, student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        step, rank, piece = self.calls // 4, self.calls // 2 % 2, self.calls % 2
+        self.calls += 1
+        if piece == 0:
+            self.generator = torch.Generator().manual_seed((7 * 1_000_003 + step) * 2 + rank)
+        rows = torch.from_numpy(Rows(rank, 2).rows(step)[1]).chunk(2)[piece]
+        wrong = Negatives(drawn(rank, 2).labels).draw(rows, NEGATIVES, self.generator)
+        answer, known = run_stages(student, x), known_of(teacher, x)
+        loss = torch.zeros(())
+        for i, row in enumerate(rows.tolist()):
+            ours = aside.student["teacher"](answer["pooled"][i])
+            theirs = aside.teacher["teacher"](known["pooled"][i])
+            both = [ours / ours.norm(), theirs / theirs.norm()]
+            for own, other in zip(both, self.memory[::-1], strict=True):
+                right, *others = ((own @ other[j] / 0.07).exp() for j in [row, *wrong[i].tolist()])
+                share = NEGATIVES / SAMPLES
+                loss = loss - (right / (right + share)).log() - sum((share / (s + share)).log() for s in others)
+            self.new.append((row, both[0].detach(), both[1].detach()))
+        if self.calls % 4 == 0:
+            self.memory = [memory.clone() for memory in self.memory]  # the backward needs the old one
+            for row, *both in self.new:
+                for memory, new in zip(self.memory, both, strict=True):
+                    mean = (memory[row] + new) / 2
+                    memory[row] = mean / mean.norm()
+            self.new = []
+        own_loss = F.cross_entropy(answer["logits"], y)
+        return {"student/loss": own_loss, "teacher_to_student/crd_loss": 0.05 * loss / len(rows)}
+
+
 def none_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {"student/loss": F.cross_entropy(run_stages(student, x)["logits"], y)}
 
@@ -233,14 +378,36 @@ def objective(kind: str, student: Stages, teachers: dict[str, Frozen]) -> Any:
         return distill.OFA(config.OFA(gamma=1.5, weight=0.5), student, teachers, CLASSES)
     if kind == "none":
         return distill.Alone()
+    if kind == "rkd":
+        return distill.RKD(config.RKD(), teachers)
+    if kind == "dkd":
+        return distill.DKD(config.DKD(warmup=0.5), teachers, STEPS)
+    if kind == "nkd":
+        return distill.NKD(config.NKD(), teachers)
+    if kind in ("tfkd", "tfkd self"):
+        form: Any = "self" if kind == "tfkd self" else "regularised"
+        return distill.TfKD(config.TfKD(form, public=form == "self"), teachers)
+    if kind == "uskd":
+        return distill.USKD(config.USKD(), student, CLASSES)
+    if kind == "crd":
+        settings = config.CRD(weight=0.05, width=6, negatives=NEGATIVES, public=False)
+        place = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return distill.CRD(settings, student, teachers, drawn(*place))
     return distill.FitNet(config.FitNet(kind, weight=0.5), student, teachers)  # type: ignore[arg-type]
 
 
-BASELINES: dict[str, Terms] = {
-    "none": none_terms,
-    "kd": kd_terms,
-    "ofa": ofa_terms,
-    **dict.fromkeys(("stages", "final", "pooled", "infonce"), fitnet_terms),
+BASELINES: dict[str, Callable[[], Terms]] = {
+    "none": lambda: none_terms,
+    "kd": lambda: kd_terms,
+    "rkd": lambda: rkd_terms,
+    "dkd": DKDTerms,
+    "nkd": lambda: nkd_terms,
+    "tfkd": lambda: tfkd_terms,
+    "tfkd self": lambda: self_terms,
+    "uskd": lambda: uskd_terms,
+    "crd": CRDTerms,
+    "ofa": lambda: ofa_terms,
+    **dict.fromkeys(("stages", "final", "pooled", "infonce"), lambda: fitnet_terms),
 }
 SGD = Optim("sgd", lr=0.05)
 STEPS = 4
@@ -262,7 +429,8 @@ def train_baseline(kind: str, case: str, stage: int) -> dict[str, Any]:
     learners = {
         name: build_learner(module, model, zero(stage), rows=share, steps=STEPS) for name, module in modules.items()
     }
-    method = distill.Distillation(learners, chosen)
+    weight = 0.05 if kind.startswith("tfkd") else 1.0
+    method = distill.Distillation(learners, chosen, label_weight=weight)
     losses = []
     for step in range(STEPS):
         log = method.step(step, {"student": rows_of(step, rank, world)})
@@ -293,6 +461,7 @@ def plain_baseline(kind: str, case: str, world: int) -> dict[str, Any]:
     owned = [buffer for module in modules.values() for buffer in module.buffers()]
     kept = [copy.deepcopy(owned) for _ in range(world)]
     losses = []
+    terms_of = BASELINES[kind]()
     for step in range(STEPS):
         optimizer.zero_grad()
         shown: dict[str, float] = {}
@@ -301,7 +470,7 @@ def plain_baseline(kind: str, case: str, world: int) -> dict[str, Any]:
                 buffer.copy_(value)
             x, y = rows_of(step, rank, world)
             for pictures, labels in zip(x.chunk(2), y.chunk(2), strict=True):
-                terms = BASELINES[kind](stages, teachers["teacher"].stages, aside, pictures, labels)
+                terms = terms_of(stages, teachers["teacher"].stages, aside, pictures, labels)
                 terms["total_loss"] = sum(terms.values())  # type: ignore[assignment]
                 (terms["total_loss"] / world / 2).backward()
                 for name, value in terms.items():
@@ -316,14 +485,16 @@ def plain_baseline(kind: str, case: str, world: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "case"),
+    ("kind", "case", "stage"),
     [
-        *((kind, "cnn learns from transformer") for kind in ("none", "kd", "ofa", "stages", "pooled")),
-        *((kind, "transformer learns from cnn") for kind in ("ofa", "stages", "final", "infonce")),
+        *((kind, "cnn learns from transformer", 2) for kind in ("none", "kd", "ofa", "stages", "pooled")),
+        *((kind, "transformer learns from cnn", 2) for kind in ("ofa", "stages", "final", "infonce")),
+        *((kind, "cnn learns from transformer", 1) for kind in ("rkd", "nkd", "tfkd self", "crd")),
+        *((kind, "transformer learns from cnn", 3) for kind in ("dkd", "tfkd", "uskd", "crd")),
     ],
 )
-def test_baselines_equal_a_plain_single_process(ranks: Any, kind: str, case: str) -> None:
-    found = ranks(2).run(train_baseline, kind, case, 2)
+def test_baselines_equal_a_plain_single_process(ranks: Any, kind: str, case: str, stage: int) -> None:
+    found = ranks(2).run(train_baseline, kind, case, stage)
     assert_equal(found[0], plain_baseline(kind, case, 2))
 
 
@@ -350,13 +521,13 @@ def test_every_objective_starts_from_the_same_student_and_batches(ranks: Any, tm
     base = tiny.distillation(tmp_path, steps=2)
     mixed = {"all": replace(base.data["all"], mix=Mix(mixup=0.8))}
     recipes = [replace(base, data=mixed, method=base.method.with_arm(arm)) for arm in base.method.arms()]
-    assert [recipe.method.arm for recipe in recipes] == ["none", "kd", "ofa", "fitnet", "fbt"]
+    assert len(recipes) == 11
     (first, shown), *others = ranks(1).run(begin, recipes)[0]
     for state, pictures in others:
         tiny.assert_equal(state, first)
         tiny.assert_equal(pictures, shown)
     finals = [load_file(run_folder(recipe) / "export" / "student.safetensors") for recipe in recipes]
-    assert len({final["conv1.weight"].numpy().tobytes() for final in finals}) == 5, "and then each goes its way"
+    assert len({final["conv1.weight"].numpy().tobytes() for final in finals}) == 11, "and then each goes its way"
     assert all(json.loads((run_folder(r) / "result.json").read_text())["control"] == r.method.arm for r in recipes)
 
 
