@@ -13,7 +13,7 @@ from PIL import Image
 
 from hetero_kt.config import Transform
 from hetero_kt.data import sharding
-from hetero_kt.data.gallery import Folders, Shown, Tables, kept, without_missing
+from hetero_kt.data.gallery import Folders, Shown, Tables, kept, read_json, without_missing
 from hetero_kt.data.pictures import Damaged, PictureLoader
 from hetero_kt.data.shards import Index
 
@@ -83,6 +83,24 @@ def test_plain_folders_are_told_from_class_folders(files, tmp_path):
         sharding.write_plain("pipe:cat x", str(tmp_path / "out"))
 
 
+def test_pictures_beside_folders_with_pictures_are_neither_plain_nor_class_folders(files):
+    """Whichever was meant, the others would be dropped without a word."""
+    Image.new("RGB", (8, 8)).save(files / "stray.png")
+    with pytest.raises(ValueError, match=r"files holds pictures itself \(stray\.png\) and in folders \(train2014\): move"):
+        sharding.is_plain(str(files))
+    _made(files / "train2014" / "notes")
+    (files / "train2014" / "notes" / "a.txt").write_text("no picture")
+    assert sharding.is_plain(str(files / "train2014")), "folders without pictures do not matter"
+
+
+@pytest.mark.parametrize("name", ["my pics", "Gemälde", ".hidden", "train2014"])
+def test_shards_of_a_plain_folder_can_be_read_whatever_their_folder_is_called(files, tmp_path, name):
+    sharding.write_plain(str(files / "train2014"), str(tmp_path / name), shard_size="4", quiet=True)
+    assert sorted(file.name for file in (tmp_path / name).glob("*.tar")) == [f"pictures-00000{k}.tar" for k in (0, 1)]
+    keys = [f"{name}/{Path(key).name}" for key in KEYS]
+    assert [red(Folders(tmp_path, keys).picture(key)) for key in keys] == list(range(7))
+
+
 def test_shards_without_their_names_are_refused(shards, tmp_path):
     names = shards / "train2014" / "names.json"
     names.write_text(names.read_text().replace("0000", "0001", 1))
@@ -103,7 +121,7 @@ def _made(folder: Path) -> Path:
 
 
 def test_a_torn_shard_takes_its_pictures_with_it(shards):
-    torn = shards / "train2014" / "train2014-000001.tar"
+    torn = shards / "train2014" / "pictures-000001.tar"
     torn.write_bytes(torn.read_bytes()[:-512])
     gallery = Folders(shards, KEYS)
     there, notices = without_missing(KEYS, gallery, "set", "skip")
@@ -166,6 +184,31 @@ def test_parquet_with_a_picture_twice_or_without_bytes(tmp_path):
     assert red(tables.picture("a")) == 0
     with pytest.raises(Damaged, match="picture b cannot be decoded"):
         tables.picture("b")
+
+
+def test_files_that_are_laid_out_otherwise_are_one_sentence(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table, nested = tmp_path / "train.parquet", tmp_path / "nested.json"
+    pq.write_table(pa.table({"photo": [1]}), table)
+    with pytest.raises(ValueError, match=r"^[^\n]*train\.parquet has no column image \(it has photo\): name another[^\n]*$"):
+        Tables([table], ["a"])
+    nested.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match=r"^[^\n]*nested\.json cannot be read \([^\n]*$"):
+        read_json(nested)
+
+
+def test_black_pictures_are_shown_without_a_look_at_the_gallery(files):
+    keys = [KEYS[0], KEYS[3]]
+    gallery = Folders(files, KEYS)
+    seen = Shown("set", gallery, keys)
+    (files / KEYS[0]).unlink()
+    black = Shown("set", gallery, keys, black=16)
+    assert black.picture(0).size == (16, 16)
+    assert black.picture(1).mode == "RGB"
+    assert black.picture(1).getextrema() == ((0, 0),) * 3
+    assert black.fingerprint() != seen.fingerprint() == Shown("set", gallery, keys).fingerprint()
 
 
 def test_a_lost_or_truncated_file_is_damage(files):

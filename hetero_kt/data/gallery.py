@@ -169,6 +169,7 @@ class Tables:
     def _lay_out(self) -> cache.Entry:
         pieces = [np.zeros(0, np.uint8)]
         for file in self._files:
+            _demand(file, ["image"])
             with laid_out(file, "pictures with texts"):
                 for batch in pq.ParquetFile(file).iter_batches(256, columns=["image"]):
                     contents = batch.column(0).field("bytes")
@@ -214,23 +215,27 @@ def columns(file: Path, names: Sequence[str]) -> pa.Table:
     Raises:
         ValueError: it cannot be read, or has other columns.
     """
-    there = schema(file)
-    for name in names:
-        if name not in there:
-            raise ValueError(
-                f"{file} has no column {name} (it has {', '.join(there)}): name another folder with --data.NAME.folder"
-            )
+    _demand(file, names)
     try:
         return pq.read_table(file, columns=list(names))
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
 
 
+def _demand(file: Path, names: Sequence[str]) -> None:
+    there = schema(file)
+    for name in names:
+        if name not in there:
+            raise ValueError(
+                f"{file} has no column {name} (it has {', '.join(there)}): name another folder with --data.NAME.folder"
+            )
+
+
 def read_json(file: Path) -> Any:
     """What a JSON file holds. Raises ValueError where it cannot be read."""
     try:
         return json.loads(file.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise _unreadable(file, error) from error
 
 
@@ -328,15 +333,18 @@ class Shown:
     mean: tuple[float, ...] = OPENAI_CLIP_MEAN
     std: tuple[float, ...] = OPENAI_CLIP_STD
 
-    def __init__(self, name: str, gallery: Gallery, keys: Sequence[str], classes: int = 0) -> None:
-        """`keys` of the samples' pictures."""
+    def __init__(self, name: str, gallery: Gallery, keys: Sequence[str], classes: int = 0, black: int = 0) -> None:
+        """`keys` of the samples' pictures. With `black`, all of these are black squares of so many pixels a side, and
+        the gallery's are not read, so that none is found damaged."""
         self.name, self.classes = name, classes
         self.labels = np.arange(len(keys))
-        self._gallery, self._keys = gallery, list(keys)
+        self._gallery, self._keys, self._black = gallery, list(keys), black
         self._last: tuple[str, Image.Image] | None = None
 
     def picture(self, sample: int) -> Image.Image:
         """One picture in RGB. Raises Damaged."""
+        if self._black:
+            return Image.new("RGB", (self._black, self._black))
         key = self._keys[sample]
         # Samples in a row often show one picture where nothing is shuffled.
         if self._last is None or self._last[0] != key:
@@ -348,7 +356,8 @@ class Shown:
 
     def fingerprint(self) -> dict[str, Any]:
         """Of the pictures, and which of them the samples show."""
-        return {**self._gallery.fingerprint(), "keys": cache.key("\n".join(self._keys))}
+        found = {**self._gallery.fingerprint(), "keys": cache.key("\n".join(self._keys))}
+        return found | {"black": True} if self._black else found
 
     def notices(self) -> list[str]:
         return self._gallery.notices()

@@ -36,6 +36,7 @@ from hetero_kt.messages import first_line
 _KEY = counter.key(3, 0)
 _UNFINISHED = ".unfinished"  # a folder for what only an unfinished run needs
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_PLAIN = "pictures"  # what shards without labels are called, whatever their folder is: names of shards are restricted
 _BLOCK = 512  # tar's unit
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "fine_label")
@@ -91,13 +92,27 @@ def write_plain(source: str, out: str, *, shard_size: str = "256MB", workers: in
     folder, limit = local(out, "output"), _limit(shard_size)
     part = _PlainFolder(local(source, "input"))
     with _running(out, workers, quiet) as run:
-        return _write_part(folder, folder.name, part, part.classes(), limit, run)
+        return _write_part(folder, _PLAIN, part, part.classes(), limit, run)
 
 
 def is_plain(source: str) -> bool:
-    """Whether pictures lie in the folder itself, so that `write_plain` is meant and not `write`."""
+    """Whether pictures lie in the folder itself and none below, so that `write_plain` is meant and not `write`.
+
+    Raises:
+        ValueError: they lie in the folder itself and in folders in it.
+    """
     folder = local(source, "input")
-    return folder.is_dir() and any(_is_picture(entry.name) for entry in os.scandir(folder))
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
+    stray = next((entry.name for entry in entries if _is_picture(entry.name)), None)
+    if stray is None:
+        return False
+    for entry in entries:
+        if entry.is_dir() and entry.name[0] != "." and any(True for _ in _pictures(entry.path)):
+            raise ValueError(
+                f"{folder} holds pictures itself ({stray}) and in folders ({entry.name}): move either away, since shards"
+                " have labels or none."
+            )
+    return True
 
 
 @contextmanager
