@@ -312,9 +312,9 @@ class TfKD:
     correct: float = 0.99
     """Of `regularised`: what the made-up teacher gives the right class."""
     multiplier: float = 1.0
-    public: bool = False
-    """The public code's divergence: a mean over classes too, and for `regularised` without temperature on the student's
-    side."""
+    public: bool = True
+    """The public code's divergence, which the weight is meant for: a mean over classes too, and for `regularised`
+    without temperature on the student's side. False: as in KD, for a hundred classes a hundred times as large."""
 
 
 @dataclass(frozen=True)

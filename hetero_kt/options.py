@@ -17,10 +17,12 @@ from typing import Annotated, NoReturn
 import tyro
 
 from hetero_kt.checks import check, zero_block
-from hetero_kt.config import Data, MergeNet, Recipe, nearest, to_yaml
+from hetero_kt.config import Data, Distill, MergeNet, Recipe, Teacher, from_yaml, nearest, to_yaml
 from hetero_kt.data import PAIRS
 from hetero_kt.debug import shrink
 from hetero_kt.distributed.launch import place
+from hetero_kt.models import known
+from hetero_kt.models.teacher import weights_of
 
 Variants = Mapping[str, Callable[[], Recipe]]
 
@@ -46,8 +48,11 @@ class Options:
     """Write a profile of a few steps into the run folder."""
     variant: str = "default"
     """Which of the launcher's recipes to start from."""
-    control: str = ""
+    control: Annotated[str, tyro.conf.arg(aliases=("--method",))] = ""
     """Run another arm of the experiment: a control instead of the transfer, or a baseline's objective."""
+    teacher: tuple[str, ...] = ()
+    """Who teaches a distillation's student, one or several, in place of the recipe's: a run (its folder or
+    `run:RECIPE`), a safetensors file, or a model's name for its published weights."""
     resume: str = "auto"
     """`auto` goes on from the run folder's last checkpoint, `never` starts anew, PATH goes on from it."""
     zero_config: str = ""
@@ -120,7 +125,7 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
     """As `parse`, but bad values raise ValueError, and nothing is printed but tyro's own help and complaints.
 
     Precedence, from weak to strong: the variant's recipe, single fields (`--models.NAME.optim.lr`), then
-    `--control` and `--zero-config`, then `--debug`, which only ever makes things smaller.
+    `--control` (or `--method`), `--zero-config` and `--teacher`, then `--debug`, which only ever makes things smaller.
     """
     if not isinstance(variants, Mapping):
         variants = {"default": variants}
@@ -154,6 +159,8 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
         zero_block(options.zero_config)
         everywhere = {name: replace(model, zero=options.zero_config) for name, model in recipe.models.items()}
         recipe = replace(recipe, models=everywhere)
+    if options.teacher:
+        recipe = replace(recipe, method=_taught_by(recipe, options.teacher, variants))
     if options.train_fraction:
         recipe = replace(recipe, data=_fractions(recipe.data, options.train_fraction))
     _, world = place()
@@ -165,6 +172,46 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
     recipe = replace(recipe, data_dir=recipe.data_dir or os.environ.get("HETERO_KT_DATA", "") or "data")
     check(recipe, world)
     return recipe, options
+
+
+def _taught_by(recipe: Recipe, given: Sequence[str], variants: Variants) -> Distill:
+    """The recipe's method with these teachers. A run that is there says which model it is, of one to come its variant
+    does; a mere file is of the model of the recipe's own first teacher.
+
+    Raises:
+        ValueError: no distillation.
+    """
+    method = recipe.method
+    if not isinstance(method, Distill):
+        raise ValueError(f"--teacher {given[0]} is for distillation, and recipe {recipe.name} has no teachers.")
+    first, like = next(iter(method.teachers.items()), ("teacher", Teacher("cifar:resnet50")))
+    to_come = {}
+    for make in variants.values():
+        if len((one := make()).models) == 1:
+            to_come[f"run:{one.name}"] = next(iter(one.models.values())).name
+    teachers = {}
+    for i, init in enumerate(given):
+        if init in known():
+            chosen = replace(like, name=init, init="", pretrained=True)
+        else:
+            name = _model_of(init, recipe.output_dir) or to_come.get(init, like.name)
+            chosen = replace(like, name=name, init=init, pretrained=False)
+        teachers[f"{first}{i + 1}" if i else first] = chosen
+    return replace(method, teachers=teachers)
+
+
+def _model_of(init: str, output_dir: str) -> str:
+    """The name of the model whose weights a finished run has left; empty where nothing says."""
+    try:
+        file = weights_of(init, "--teacher", output_dir)
+    except ValueError:  # said again, with its option, once it is clear what trains before
+        return ""
+    recipe = file.parents[1] / "recipe.yaml"
+    if not recipe.is_file():
+        return ""
+    models = from_yaml(recipe.read_text(encoding="utf-8")).models
+    name = file.stem if file.stem in models else file.stem.removesuffix("_ema")
+    return models[name].name if name in models else ""
 
 
 def _fractions(data: Mapping[str, Data], fraction: float) -> dict[str, Data]:

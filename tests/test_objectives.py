@@ -13,14 +13,18 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_launchers import LAUNCHERS, load
 from test_options import one_sentence
 from tiny import Plan
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetero_kt import checks, config, parts
+from hetero_kt import checks, config, options, parts
+from hetero_kt import run as running
 from hetero_kt.config import Mix, TfKD
 from hetero_kt.data.images import ImageSet
+from hetero_kt.distributed.launch import Ranks, StopSignal
+from hetero_kt.folder import run_folder
 from hetero_kt.nn.losses import crd
 from hetero_kt.nn.losses.memory import Memory, Negatives, Sides
 from hetero_kt.options import Options
@@ -164,6 +168,32 @@ def test_dkd_s_warm_up_goes_on_where_a_run_was_stopped(ranks: Any, tmp_path: Pat
     tiny.assert_same_end(tiny.train(ranks(1), broken), uninterrupted)
 
 
+ARMS = ("rkd", "dkd", "nkd", "tfkd", "uskd", "crd")
+
+
+def losses_of(base: config.Recipe) -> list[dict[str, float]]:
+    """Of each of the new objectives, what its run of two steps logs last."""
+    pool_ranks = Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"))
+    found = []
+    with tiny.handlers_kept():
+        for arm in ARMS:
+            recipe = replace(base, method=base.method.with_arm(arm))
+            running.run(recipe, Options(), pool_ranks, StopSignal())
+            logged = [line for line in tiny.lines(run_folder(recipe)) if "total_loss" in line]
+            found.append({name: value for name, value in logged[-1].items() if name.endswith("loss")})
+    return found
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("autocast", 3), ("bf16", 2)])
+def test_every_objective_runs_in_half_precision(ranks: Any, tmp_path: Path, precision: Any, stage: int) -> None:
+    base = tiny.distillation(tmp_path, stage, steps=2)
+    base = tiny.with_student(base, name="cifar:vit_tiny", precision=precision)
+    base = replace(base, method=replace(base.method, crd=config.CRD(width=16, negatives=20)))
+    for arm, logged in zip(ARMS, ranks(1).run(losses_of, base)[0], strict=True):
+        assert len(logged) > 2, arm
+        assert all(math.isfinite(value) for value in logged.values()), arm
+
+
 # --- what needs a teacher, and which ---
 
 
@@ -218,6 +248,59 @@ def test_settings_that_leave_nothing_are_refused(tmp_path: Path) -> None:
     assert "--control none" in refused(base, rkd=config.RKD(0.0, 0.0))
     assert refused(base, crd=config.CRD(negatives=0)).startswith("--method.crd.negatives 0")
     assert refused(base, crd=config.CRD(width=0)).startswith("--method.crd.width 0")
+
+
+# --- who teaches, on the command line ---
+
+VARIANTS = load(next(path for path in LAUNCHERS if path.stem == "cifar_distill")).VARIANTS
+
+
+def taught(*arguments: str) -> config.Distill:
+    recipe, _ = options.resolve(VARIANTS, arguments)
+    assert isinstance(recipe.method, config.Distill)
+    return recipe.method
+
+
+def test_method_is_another_name_of_control() -> None:
+    assert taught("--method", "dkd").objective == taught("--control=dkd").objective == "dkd"
+    with pytest.raises(ValueError, match="--control dk is unknown: use dkd"):
+        taught("--method", "dk")
+
+
+def test_a_teacher_is_a_run_a_file_or_a_model_with_published_weights(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "earlier" / "none" / "seed0"
+    (run / "export").mkdir(parents=True)
+    recipe = replace(VARIANTS["digits_teacher"](), name="earlier")
+    (run / "recipe.yaml").write_text(config.to_yaml(recipe))
+    (run / "result.json").write_text(f'{{"steps": {recipe.steps}}}')
+    (run / "export" / "teacher_ema.safetensors").touch()
+    out = ("--output-dir", str(tmp_path / "runs"))
+    file = tmp_path / "weights.safetensors"
+    file.touch()
+    own = taught().teachers["teacher"].name
+    for init, name, published in (
+        ("run:earlier", "cifar:resnet_tiny", False),
+        (str(run), "cifar:resnet_tiny", False),
+        (str(run / "export" / "teacher_ema.safetensors"), "cifar:resnet_tiny", False),
+        ("run:cifar_distill_itself", "cifar:mobilenetv2", False),  # not there yet, but one of the variants
+        (str(file), own, False),
+        ("timm:resnet18", "timm:resnet18", True),
+    ):
+        (teacher,) = taught(*out, "--teacher", init).teachers.values()
+        assert (teacher.name, teacher.pretrained) == (name, published), init
+        assert teacher.init == ("" if published else init)
+    both = taught(*out, "--teacher", "run:earlier", "run:cifar_distill_itself").teachers
+    assert {key: one.name for key, one in both.items()} == {
+        "teacher": "cifar:resnet_tiny",
+        "teacher2": "cifar:mobilenetv2",
+    }
+
+
+def test_only_a_student_has_teachers() -> None:
+    mergenet = load(next(path for path in LAUNCHERS if path.stem == "cifar_mergenet")).VARIANTS
+    with pytest.raises(ValueError, match="--teacher run:x is for distillation") as error:
+        options.resolve(mergenet, ["--teacher", "run:x"])
+    assert one_sentence(str(error.value))
 
 
 def test_label_weights_are_those_of_the_formulas(tmp_path: Path) -> None:

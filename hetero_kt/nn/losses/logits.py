@@ -106,9 +106,9 @@ def tf_kd(
 
         T^2 KL(softmax(u / T) || softmax(logits / T))
 
-    softmax(u / T) takes probabilities for logits: at the paper's temperatures of 20 and 40 it is all but uniform. The
-    public code has the student at temperature 1 and no T^2, and takes the mean over the classes as well as over the
-    batch:
+    with both sides at T, as in the paper, and T^2 as in `kd`. softmax(u / T) takes probabilities for logits: at the
+    published temperatures of 20 and 40 it is all but uniform. The public code has the student at temperature 1 and no
+    T^2, and takes the mean over the classes as well as over the batch:
 
         KL(softmax(u / T) || softmax(logits)) / K
 
