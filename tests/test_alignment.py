@@ -67,6 +67,19 @@ def test_itm_takes_the_first_third_for_fitting() -> None:
     torch.testing.assert_close(itm(match), expected)
 
 
+def test_itm_is_the_mean_over_the_pairs_that_count() -> None:
+    """Of those alone, whatever the others are; and without one of them, of the pairs that fit."""
+    match = torch.randn(9, 2, dtype=torch.float64).requires_grad_()
+    counted = torch.tensor([True, True, True, False, True, False, True, False, False])
+    p = match.softmax(1)
+    loss = itm(match, counted)
+    torch.testing.assert_close(loss, -(p[:3, 1].log().sum() + p[[4, 6], 0].log().sum()) / 5)
+    (gradient,) = torch.autograd.grad(loss, match)
+    assert ((gradient == 0).all(1) == ~counted).all()
+    torch.testing.assert_close(itm(match, torch.arange(9) < 3), -p[:3, 1].log().mean())
+    torch.testing.assert_close(itm(match, torch.ones(9, dtype=torch.bool)), itm(match))
+
+
 @pytest.mark.parametrize("temperature", [0.001, 0.07, 0.5])
 def test_losses_are_finite_and_in_float32_for_bf16_and_under_autocast(temperature: float) -> None:
     image, text = (x.bfloat16().requires_grad_() for x in embedded())
@@ -113,7 +126,7 @@ def test_itc_on_two_ranks_is_that_of_one_with_all_rows(ranks, gather: bool) -> N
         assert torch.allclose(torch.cat([rank[name] for rank in found]), leaf.grad, rtol=1e-10) == gather  # type: ignore
 
 
-def negatives_from_all() -> tuple[Tensor, Tensor]:
+def negatives_from_all() -> tuple[Tensor, Tensor, Tensor]:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)
     image, text = (x.chunk(world)[rank].repeat(500, 1) for x in embedded())
@@ -127,7 +140,7 @@ def negatives_from_all() -> tuple[Tensor, Tensor]:
 def test_negatives_from_all_ranks_are_rows_of_all_ranks_and_none_of_the_same_picture(ranks) -> None:
     for rank, found in enumerate(ranks(2).run(negatives_from_all)):
         own = GROUPS.chunk(2)[rank].repeat(500)
-        for places in found:
+        for places in found[:2]:
             assert not (GROUPS[places] == own).any()
             assert set(places.tolist()) == set(range(ROWS))
 
@@ -145,7 +158,9 @@ def test_negatives_are_never_of_the_same_picture(groups: list[int], temperature:
     torch.manual_seed(seed)
     image, text = embedded(len(groups), seed)
     shown = torch.tensor(groups)
-    for places in hard_negatives(image.float(), text.float(), shown, torch.tensor(temperature)):
+    *negatives, have = hard_negatives(image.float(), text.float(), shown, torch.tensor(temperature))
+    assert have.tolist() == [True] * len(groups)
+    for places in negatives:
         assert places.dtype == torch.int64
         assert places.shape == shown.shape
         assert not (shown[places] == shown).any()
@@ -157,7 +172,7 @@ def test_negatives_follow_the_softmax_of_the_similarities() -> None:
     shown, temperature, draws = torch.tensor([0, 1, 2, 1]), 0.6, 4000
     candidates = (image, text, shown)
     many = [x.repeat_interleave(draws, 0) for x in (image, text, shown)]
-    found = hard_negatives(*many, temperature, candidates)
+    found = hard_negatives(*many, temperature, candidates)[:2]
     for places, similar in zip(found, (text @ image.T, image @ text.T), strict=True):
         for row in range(4):
             others = [j for j in range(4) if shown[j] != shown[row]]
@@ -181,9 +196,10 @@ def test_nothing_waits_for_the_device() -> None:
     """A fake tensor has no values that the host could look at."""
     with FakeTensorMode():
         image, text, groups = torch.empty(4, 3), torch.empty(4, 3), torch.empty(4, dtype=torch.int64)
-        found = hard_negatives(image, text, groups, torch.empty(1))
-        assert [tuple(places.shape) for places in found] == [(4,), (4,)]
-        assert (itc(image, text, groups, torch.empty(())) + itm(torch.empty(6, 2))).shape == ()
+        *found, have = hard_negatives(image, text, groups, torch.empty(1))
+        assert [tuple(places.shape) for places in (*found, have)] == [(4,)] * 3
+        counted = torch.cat([torch.ones_like(have), have, have])
+        assert (itc(image, text, groups, torch.empty(())) + itm(torch.empty(12, 2), counted)).shape == ()
         with pytest.raises(DataDependentOutputException):
             groups[0].item()
 
@@ -195,9 +211,13 @@ def test_negatives_leave_no_gradient() -> None:
 
 def test_a_batch_of_one_picture_has_no_negatives() -> None:
     image, text = embedded(3)
-    for places in hard_negatives(image, text, torch.tensor([5, 5, 5]), 0.5):
+    *negatives, have = hard_negatives(image, text, torch.tensor([5, 5, 5]), 0.5)
+    assert have.tolist() == [False] * 3
+    for places in negatives:
         assert places.tolist() == [0, 0, 0]  # in range at least
+    others = (image, text, torch.tensor([5, 5, 5]))
+    assert hard_negatives(image, text, torch.tensor([5, 4, 5]), 0.5, others)[2].tolist() == [False, True, False]
     with pytest.raises(ValueError, match="two pictures in a rank's batch"):
         hard_negatives(image[:1], text[:1], torch.tensor([5]), 0.5)
     found = hard_negatives(image[:1], text[:1], torch.tensor([5]), 0.5, (image, text, torch.tensor([5, 6, 5])))
-    assert [places.item() for places in found] == [1, 1]
+    assert [places.item() for places in found] == [1, 1, True]

@@ -22,6 +22,7 @@ from hetero_kt.data import world as generated
 from hetero_kt.data.order import Order
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.models import xvlm
+from hetero_kt.nn.losses import alignment
 from hetero_kt.nn.losses.alignment import itc, itm
 from hetero_kt.tasks import retrieval
 
@@ -260,15 +261,16 @@ def test_loss_is_itc_plus_itm() -> None:
     torch.manual_seed(0)
     image, text = (nn.functional.normalize(torch.randn(4, 5), dim=1) for _ in range(2))
     match, groups, temperature = torch.randn(12, 2), torch.tensor([0, 1, 1, 2]), torch.tensor(0.1)
+    counted = torch.arange(12) != 7
     seen = []
 
     def model(*args: Tensor, **given: Tensor) -> dict[str, Tensor]:
         seen.append((args, given))
-        return {"image": image, "text": text, "temperature": temperature, "match": match}
+        return {"image": image, "text": text, "temperature": temperature, "match": match, "counted": counted}
 
     batch = (torch.rand(4, 3, 2, 2), torch.ones(4, 3), torch.ones(4, 3), groups)
     found = retrieval.loss(model, batch)
-    torch.testing.assert_close(found, itc(image, text, groups, temperature) + itm(match))
+    torch.testing.assert_close(found, itc(image, text, groups, temperature) + itm(match, counted))
     assert seen == [(batch[:3], {"groups": groups})]
     with pytest.raises(ValueError, match="label smoothing"):
         retrieval.loss(model, batch, label_smoothing=0.1)
@@ -346,7 +348,13 @@ def test_xvlm_s_pairs_are_those_that_match_gives() -> None:
     assert found.std() > 1e-3
 
 
-def test_xvlm_learns_a_batch() -> None:
+def hardest(logits_BM: Tensor, barred_BM: Tensor) -> Tensor:
+    return logits_BM.masked_fill(barred_BM, -math.inf).argmax(1)
+
+
+def test_xvlm_learns_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With negatives that are not drawn, each step's loss is of the same kind of pairs."""
+    monkeypatch.setattr(alignment, "_drawn", hardest)
     loader, model = world_captions(train=True), tiny().eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch, losses = loader.batch(0), []

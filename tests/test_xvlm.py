@@ -11,12 +11,15 @@ import transformers
 from small import zero
 from texts import tokenizer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
+from hetero_kt.data.vqa import Asked
 from hetero_kt.models import xvlm
 from hetero_kt.models.xvlm import _SIZES, _Bounded, _Size, build
 from hetero_kt.nn import reencode
 from hetero_kt.nn.losses import alignment
+from hetero_kt.tasks import retrieval, vqa
 
 VOCABULARY = 40
 PIXELS = {"xvlm:tiny": 16, "xvlm:swin": 64}
@@ -391,8 +394,9 @@ def test_pairs_stand_in_the_stated_order():
     model = made("retrieval").eval()
     pictures, ids, mask = batch()
     found = model(pictures, ids, mask, groups=torch.arange(4), negatives=NEGATIVES)
-    assert found.keys() == {"image", "text", "temperature", "match"}
+    assert found.keys() == {"image", "text", "temperature", "match", "counted"}
     assert found["match"].shape == (12, 2)
+    assert found["counted"].tolist() == [True] * 12
     picture_of, text_of = NEGATIVES
     shown = torch.cat([torch.arange(4), torch.arange(4), picture_of])
     told = torch.cat([torch.arange(4), text_of, torch.arange(4)])
@@ -465,10 +469,20 @@ def test_drawn_negatives_never_show_the_same_picture():
     for seed in range(20):
         torch.manual_seed(seed)
         model(*batch(), groups=groups)
-    for image, text in found:
+    for image, text, have in found:
         assert (groups[image] != groups).all()
         assert (groups[text] != groups).all()
-    assert len({tuple(image.tolist()) for image, _ in found}) > 1
+        assert have.all()
+    assert len({tuple(image.tolist()) for image, _, _ in found}) > 1
+
+
+def test_pairs_that_fit_are_never_trained_as_such_that_do_not():
+    """In a batch of one picture's captions there is no negative, and the matching loss is that of the pairs alone."""
+    model = without_dropout(made("retrieval"))
+    found = model(*batch(), groups=torch.full((4,), 7))
+    assert found["counted"].tolist() == [True] * 4 + [False] * 8
+    loss = alignment.itm(found["match"], found["counted"])
+    assert torch.allclose(loss, -found["match"][:4].log_softmax(1)[:, 1].mean())
 
 
 def drawn(gathered: bool):
@@ -481,17 +495,19 @@ def drawn(gathered: bool):
     model._draw = lambda *given: found.append(draw(*given)) or found[-1]
     pictures, ids, mask = (x[:2] for x in batch(seed=dist.get_rank()))
     torch.manual_seed(dist.get_rank())
-    match = model(pictures, ids, mask, groups=torch.full((2,), dist.get_rank()))["match"]
-    assert match.shape == (6, 2)
-    return [places.tolist() for places in found[0]]
+    both = model(pictures, ids, mask, groups=torch.full((2,), dist.get_rank()))
+    assert both["match"].shape == (6, 2)
+    return [places.tolist() for places in found[0][:2]], both["counted"].tolist()
 
 
 def test_gathered_negatives_are_drawn_from_all_ranks(ranks):
-    for rank, places in enumerate(ranks(2).run(drawn, True)):
+    for rank, (places, counted) in enumerate(ranks(2).run(drawn, True)):
         others = {2, 3} if rank == 0 else {0, 1}
         assert all(set(of_one) <= others for of_one in places)
-    for places in ranks(2).run(drawn, False):
+        assert counted == [True] * 6
+    for places, counted in ranks(2).run(drawn, False):
         assert all(set(of_one) <= {0, 1} for of_one in places)
+        assert counted == [True, True, False, False, False, False]
 
 
 def test_what_is_missing_is_named():
@@ -548,7 +564,7 @@ def retrieval_loss(model: nn.Module, rows: slice, step: int = 0, negatives=None)
     groups = torch.tensor([4, 8, 4, 6])
     found = model(*(x[rows] for x in batch(seed=10 + step)), groups=groups[rows], negatives=negatives)
     itc = alignment.itc(found["image"], found["text"], groups[rows], found["temperature"])
-    return itc + alignment.itm(found["match"])
+    return itc + alignment.itm(found["match"], found["counted"])
 
 
 WITHIN = (torch.tensor([1, 0]), torch.tensor([1, 0]))
@@ -622,16 +638,21 @@ def reference(kind: str, steps: int = 3):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_over_ranks_and_in_pieces_is_training_in_one_process(ranks, kind):
+def test_every_parameter_learns(kind):
+    """The temperature, class token and position table among them."""
     start = {name: p.detach().clone() for name, p in model_of(kind).named_parameters()}
+    _, model = reference(kind)
+    assert not [name for name, p in model.named_parameters() if torch.equal(p, start[name])]
+
+
+@pytest.mark.parametrize(("kind", "stage", "checkpointing"), [("gathered", 3, True), ("rank", 1, False)])
+def test_training_over_ranks_and_in_pieces_is_training_in_one_process(ranks, kind, stage, checkpointing):
+    """Whole runs of both tasks are compared so, too, at other stages and numbers of ranks."""
     losses, model = reference(kind)
-    still = [name for name, p in model.named_parameters() if torch.equal(p, start[name])]
-    assert not still  # every parameter learns, `temp`, class token and position table among them
-    for world, stage, checkpointing in ((2, 3, False), (2, 3, True), (2, 1, False), (1, 3, False)):
-        for theirs, state in ranks(world).run(trained, kind, stage, checkpointing):
-            assert theirs == pytest.approx(losses, abs=1e-5), (world, stage, checkpointing)
-            for name, parameter in model.named_parameters():
-                assert torch.allclose(torch.from_numpy(state[name]), parameter, atol=1e-5), (name, world, stage)
+    for theirs, state in ranks(2).run(trained, kind, stage, checkpointing):
+        assert theirs == pytest.approx(losses, abs=1e-5)
+        for name, parameter in model.named_parameters():
+            assert torch.allclose(torch.from_numpy(state[name]), parameter, atol=1e-5), name
 
 
 def in_parts(engine: nn.Module, kind: str) -> list[Tensor]:
@@ -688,6 +709,30 @@ def test_the_languages_head_stays_tied_to_the_words():
     assert head.decoder.weight is model.text_decoder.bert.embeddings.word_embeddings.weight
     assert head.decoder.bias is head.bias
     assert "text_decoder.cls.predictions.decoder.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["xvlm:tiny", "xvlm:swin"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_in_the_step_waits_for_the_device(kind, name, checkpointing):
+    """Fake tensors have no values that the host could look at; in pieces, forward, loss and backward do without."""
+    model = model_of(kind, name).train()
+    model.checkpointing = checkpointing
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pictures = torch.empty(4, 3, PIXELS[name], PIXELS[name])
+        ids, mask, groups = (torch.empty(shape, dtype=torch.int64) for shape in ((4, 8), (4, 8), (4,)))
+        if kind == "vqa":
+            answer_ids, answer_mask, owner = (torch.empty(shape, dtype=torch.int64) for shape in ((9, 5), (9, 5), (9,)))
+            asked = Asked(pictures, ids, mask, answer_ids, answer_mask, torch.empty(9), owner, (2, 2, 2, 3))
+            losses = [vqa.loss(model, piece) for piece in asked.split(2)]
+        else:
+            losses = [retrieval.loss(model, (pictures, ids, mask, groups))]
+        for loss in losses:
+            assert loss.shape == ()
+            loss.backward()
+        with pytest.raises(DataDependentOutputException):
+            losses[0].item()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["xvlm:tiny", "xvlm:swin"])

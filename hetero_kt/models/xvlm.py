@@ -247,7 +247,8 @@ class Retrieval(_XVLM):
             tokens, states and mask         "match" (P, 2) of pairs, one for each row of states; class 1 is "fits"
             pictures, ids, mask and groups  "image", "text", "temperature" (), and "match" (3B, 2): the B pairs, then
                                             each picture with a text that does not fit, then each text with a picture
-                                            that does not
+                                            that does not; "counted" (3B,), bool: all of them, but for rows to which
+                                            everything in reach fits
 
         "image" and "text" are of unit length, in float32 at least.
 
@@ -275,14 +276,16 @@ class Retrieval(_XVLM):
             return found
         image_BD, text_BD = found["image"], found["text"]
         temperature = _Bounded.apply(wide(self.temp), COLDEST, HOTTEST).squeeze(0)
+        counted = torch.ones(3 * len(image_BD), dtype=torch.bool, device=image_BD.device)
         if negatives is None:
-            negatives = self._draw(image_BD, text_BD, groups, temperature)
+            image_B, text_B, have_B = self._draw(image_BD, text_BD, groups, temperature)
+            negatives, counted = (image_B, text_B), torch.cat([torch.ones_like(have_B), have_B, have_B])
         match = self._match_batch(found["tokens"], found["states"], mask, negatives)
-        return {"image": image_BD, "text": text_BD, "temperature": temperature, "match": match}
+        return {"image": image_BD, "text": text_BD, "temperature": temperature, "match": match, "counted": counted}
 
     def _draw(
         self, image_BD: Tensor, text_BD: Tensor, groups_B: Tensor | None, temperature: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if groups_B is None:
             raise ValueError("negatives are drawn among other pictures: give groups of shape (B,)")
         image_BD, text_BD, temperature = image_BD.detach(), text_BD.detach(), temperature.detach()

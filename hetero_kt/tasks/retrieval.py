@@ -34,7 +34,7 @@ _CHUNK = 512  # rows of similarities at once
 def loss(model: Any, batch: tuple[Tensor, ...], label_smoothing: float = 0.0) -> Tensor:
     """ITC plus ITM of the rows of `batch`, a scalar in nats: pictures (B, 3, H, W), ids and mask (B, L), groups (B,).
 
-    ITC's candidates are those of all ranks.
+    ITC's candidates are those of all ranks. ITM leaves out the pairs of rows for which no negative was in reach.
 
     Raises:
         ValueError: a label smoothing, which goes with neither.
@@ -43,7 +43,8 @@ def loss(model: Any, batch: tuple[Tensor, ...], label_smoothing: float = 0.0) ->
         raise ValueError("label smoothing goes with neither of retrieval's losses: leave --models.NAME.label-smoothing")
     pictures, ids_BL, mask_BL, groups_B = batch
     found = model(pictures, ids_BL, mask_BL, groups=groups_B)
-    return itc(found["image"], found["text"], groups_B, found["temperature"]) + itm(found["match"])
+    contrastive = itc(found["image"], found["text"], groups_B, found["temperature"])
+    return contrastive + itm(found["match"], found["counted"])
 
 
 def evaluate(

@@ -48,14 +48,18 @@ def itc(
         return (to_text + to_image) / 2
 
 
-def itm(match: Tensor) -> Tensor:
+def itm(match: Tensor, counted: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of "fits" (class 1) or "does not" (class 0), a scalar in nats, in float32 at least.
 
     Args:
         match: logits (3B, 2), the B pairs that fit in front of the 2B that do not.
+        counted: (3B,), bool: which pairs the mean is of; all if None. The host does not wait for it.
     """
     fits = torch.arange(len(match), device=match.device) < len(match) // 3
-    return F.cross_entropy(wide(match), fits.long())
+    if counted is None:
+        return F.cross_entropy(wide(match), fits.long())
+    entropy = F.cross_entropy(wide(match), fits.long(), reduction="none")
+    return torch.where(counted, entropy, 0.0).sum() / counted.sum()
 
 
 @torch.no_grad()
@@ -65,16 +69,16 @@ def hard_negatives(
     groups_B: Tensor,
     temperature: Tensor | float,
     candidates: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """A picture that does not fit each text, and a text that does not fit each picture: two (B,), int64, places among
-    the candidates.
+    the candidates; and which rows have them, (B,), bool.
 
     Drawn from the softmax of the similarities over temperature (ITC's own), restricted to candidates of other
     pictures: what looks alike is drawn often. The random numbers are the global generator's on the features' device,
     so they are restored with it; the host does not wait for the result.
 
-    Where all candidates show the row's own picture there is no negative, and the result is place 0, whose pair fits.
-    A batch with a single candidate is refused; in a larger one this takes one picture's captions only.
+    Where all candidates show the row's own picture there is no negative, and the places are 0, whose pair fits: leave
+    it out. A batch with a single candidate is refused; in a larger one this takes one picture's captions only.
 
     Args:
         temperature: as `itc`'s.
@@ -94,7 +98,7 @@ def hard_negatives(
         same_BM = groups_B[:, None] == groups_M
         image_B = _drawn(wide(text_BD) @ wide(image_MD).T / temperature, same_BM)
         text_B = _drawn(wide(image_BD) @ wide(text_MD).T / temperature, same_BM)
-    return image_B, text_B
+    return image_B, text_B, ~same_BM.all(1)
 
 
 def gathered(x: Tensor) -> Tensor:
