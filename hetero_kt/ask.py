@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hetero_kt.config import Data, Transform
 from hetero_kt.data.pictures import Damaged, decoded, shown
-from hetero_kt.data.text import Tokenizer, load_tokenizer
+from hetero_kt.data.text import Sentences, Tokenizer, load_tokenizer
 from hetero_kt.data.vqa import answer_list
 from hetero_kt.messages import first_line
 from hetero_kt.models import xvlm, xvlm_weights
@@ -38,6 +39,7 @@ def save(name: str, config: Data, loader: Any, tokenizer: Tokenizer, state: Mapp
         "task": xvlm.TASKS[config.name],
         "image_size": config.image_size,
         "length": config.text.length,
+        "candidates": config.candidates or vqa.CANDIDATES,
         "mean": list(loader.mean),
         "std": list(loader.std),
         "transform": asdict(config.transform),
@@ -65,6 +67,7 @@ class Trained:
         try:
             about = json.loads((self.folder / "config.json").read_text())
             self.task, self.length = about["task"], int(about["length"])
+            self.candidates = int(about["candidates"])
             self.image_size = int(about["image_size"])
             self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
             self.transform = Transform(**about["transform"] | {"scale": tuple(about["transform"]["scale"])})
@@ -79,7 +82,8 @@ class Trained:
         self.model.eval()
 
     def ask(self, image: str | Path, question: str, top: int = 5) -> list[tuple[str, float]]:
-        """The `top` best answers to a question about a picture, and their probabilities among all that it can give.
+        """The `top` best answers to a question about a picture, found as in evaluation, and the probability with which
+        the model would write each.
 
         Raises:
             ValueError: a model that was not trained for questions, an empty question, or a file that is no picture.
@@ -88,9 +92,9 @@ class Trained:
             raise ValueError(f"{self.folder} was trained to match captions: give --captions instead of a question.")
         if not question.strip():
             raise ValueError("the question is empty: ask something about the picture.")
-        best, scores = vqa.answer(self.model, self._picture(image), *self._tokens([question]), self.answers)
-        chances = scores.double().softmax(1)
-        found = zip(best[0, :top].tolist(), chances[0, :top].tolist(), strict=True)
+        k = max(self.candidates, top)
+        best, scores = vqa.answer(self.model, self._picture(image), *self._tokens([question]), self.answers, k)
+        found = zip(best[0, :top].tolist(), scores[0, :top].double().exp().tolist(), strict=True)
         return [(self.answers.texts[number], chance) for number, chance in found]
 
     def rank(self, image: str | Path, captions: Sequence[str]) -> list[tuple[str, float]]:
@@ -107,12 +111,24 @@ class Trained:
         return sorted(zip(captions, fits, strict=True), key=lambda one: -one[1])
 
     def write_official(self, file: str | Path) -> None:
-        """Its weights as safetensors, named as the code of X-VLM's authors reads them."""
+        """Its weights, named as the code of X-VLM's authors reads them: a checkpoint of torch where the name ends in
+        .th or .pth, else safetensors.
+
+        Raises:
+            ValueError: a file that cannot be written.
+        """
         path = Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = xvlm_weights.to_official(self.model.state_dict(), self.model.name)
         # The decoder's words and their embeddings are one tensor, which that code expects twice.
-        save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, path)
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix in (".th", ".pth"):
+                torch.save({"model": tensors}, path)
+            else:
+                save_file(tensors, path)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be written ({first_line(error)}): name another file.") from error
 
     def _picture(self, path: str | Path) -> Tensor:
         try:
@@ -125,12 +141,8 @@ class Trained:
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask, (len(texts), L)."""
-        rows = [one.ids[: self.length - 2] for one in self.tokenizer.encode(list(texts))]
-        ids = np.full((len(rows), max(map(len, rows)) + 2), self.tokenizer.pad, np.int64)
-        mask = np.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            whole = [self.tokenizer.cls, *tokens.tolist(), self.tokenizer.sep]
-            ids[row, : len(whole)], mask[row, : len(whole)] = whole, 1
+        rows = Sentences(texts, self.tokenizer, self.length, str(self.folder))
+        ids, mask = rows.take(np.arange(len(texts)), int(rows.lengths.max()))
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
 

@@ -10,15 +10,12 @@ from typing import Any
 
 from hetero_kt.config import Data, Distill, Model, Optim, Recipe, Schedule, Teacher, Transfer, nearest
 from hetero_kt.data import GENERATED, PAIRS, TEXTS
-from hetero_kt.models import known
+from hetero_kt.models import XVLMS, known
 
 SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
 
 BERTS = ("bert", "distilbert", "hf")
 """Families of models that read texts."""
-
-XVLMS = ("xvlm:tiny", "xvlm:mini", "xvlm:small", "xvlm:base")
-"""Models that see pictures and read texts."""
 
 ASIDE = {"fbt": "fused", "ofa": "branches", "fitnet": "projections", "crd": "embeddings", "uskd": "head"}
 """What objectives of distillation train beside the student, as it is logged."""
@@ -101,6 +98,7 @@ def _check_data(name: str, data: Data, world: int) -> None:
     if not 0 < data.fraction <= 1:
         raise ValueError(f"{option}.fraction {data.fraction} is no share of the pictures: use more than 0, at most 1.")
     _at_least(f"{option}.answers", data.answers, 1)
+    _check_meant(option, data)
     _at_least(f"{option}.candidates", data.candidates, 0)
     for field, value in (("mixup", data.mix.mixup), ("cutmix", data.mix.cutmix)):
         _not_negative(f"{option}.mix.{field}", value)
@@ -116,6 +114,18 @@ def _check_data(name: str, data: Data, world: int) -> None:
     if data.batch % world:
         fits = max(world, data.batch - data.batch % world)
         raise ValueError(f"{option}.batch {data.batch} does not divide over {world} ranks: use {fits}, for example.")
+
+
+def _check_meant(option: str, data: Data) -> None:
+    """Refuse a field that the set does not have: it would be in the recipe and change nothing."""
+    plain = Data()
+    of_pairs, of_pictures = ("fraction", "blank", "candidates"), ("pipeline", "mix", "augment", "per_class")
+    for field in () if data.name in PAIRS else of_pairs:
+        if getattr(data, field) != getattr(plain, field):
+            raise ValueError(f"{option}.{field} is for {' and '.join(PAIRS)} only: leave it out.")
+    for field in of_pictures if data.name in PAIRS else ():
+        if getattr(data, field) != getattr(plain, field):
+            raise ValueError(f"{option}.{field.replace('_', '-')} is not for {data.name}: leave it out.")
 
 
 def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) -> None:
@@ -134,7 +144,7 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
             f"use {largest_divisor(share, model.micro_batch)}."
         )
     if data[model.data].name == "captions":
-        _check_pairs(option, model, share)
+        _check_pairs(option, model, share, world)
     _check_rates(option, model.optim, model.schedule)
     for field, value in (("label-smoothing", model.label_smoothing), ("ema", model.ema)):
         if not 0 <= value < 1:
@@ -149,13 +159,14 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
         )
 
 
-def _check_pairs(option: str, model: Model, share: int) -> None:
+def _check_pairs(option: str, model: Model, share: int, world: int) -> None:
     """Refuse what retrieval's losses cannot take; `share` are a rank's rows."""
     if model.label_smoothing:
         raise ValueError(f"{option}.label-smoothing goes with neither of retrieval's losses: leave it out.")
-    if (model.micro_batch or share) < 2 and model.xvlm.negatives == "rank":
-        smaller = f"{option}.micro-batch" if model.micro_batch else "--data.NAME.batch"
-        raise ValueError(f"{smaller} leaves a rank no second picture to draw a hard negative from: raise it.")
+    candidates = (model.micro_batch or share) * (world if model.xvlm.negatives == "gathered" else 1)
+    if candidates < 2:
+        smaller = f"{option}.micro-batch" if model.micro_batch else f"--data.{model.data}.batch"
+        raise ValueError(f"{smaller} leaves no second picture to draw a hard negative from: raise it.")
 
 
 def _check_name(option: str, model: Model, data: str) -> None:
@@ -176,7 +187,7 @@ def _check_name(option: str, model: Model, data: str) -> None:
         raise ValueError(f"{option}.pretrained is for timm's models: name hf:bert-base-uncased, for example.")
     if xvlm and model.pretrained:
         raise ValueError(f"{option}.pretrained is for timm's models: use {option}.xvlm.vision timm:NAME.")
-    names = XVLMS if xvlm else known()
+    names = list(XVLMS) if xvlm else known()
     if not bert and model.name not in names:
         raise ValueError(f"{option}.name {model.name} is no model: use {nearest(model.name, names)}.")
     for field in ("vision", "text"):

@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="say where a run's plain weights lie")
     command.add_argument("run", metavar="RUN", help="a run folder, or one that holds some")
     command.add_argument(
-        "--official", metavar="FILE", help="write an X-VLM's weights there, named as its authors' code reads them"
+        "--official",
+        metavar="FILE",
+        help="write an X-VLM's weights there, named as its authors' code reads them (.th for torch.load)",
     )
     command.set_defaults(command=_export)
 
@@ -110,17 +112,19 @@ def _sites(arguments: argparse.Namespace) -> int:
     if arguments.name.partition(":")[0] in BERTS:
         from hetero_kt.models import bert
 
-        model: Any = bert.build(arguments.name, "classification", vocabulary=30_522, classes=arguments.classes)[0]
+        model = bert.build(arguments.name, "classification", vocabulary=30_522, classes=arguments.classes)[0]
+        weights = list_weights(model)
     elif arguments.name in XVLMS:
         import torch
 
         from hetero_kt.models import xvlm
 
+        size = arguments.image_size
         with torch.device("meta"):
-            model = xvlm.build(arguments.name, "vqa", vocabulary=30_522, image_size=arguments.image_size)[0]
+            forms = [xvlm.build(arguments.name, task, vocabulary=30_522, image_size=size)[0] for task in xvlm.FORMS]
+        weights = list({weight.name: weight for form in forms for weight in list_weights(form)}.values())
     else:
-        model = build(arguments.name, arguments.classes, image_size=arguments.image_size)
-    weights = list_weights(model)
+        weights = list_weights(build(arguments.name, arguments.classes, image_size=arguments.image_size))
     table = Table(title=arguments.name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("weight", overflow="fold")
     table.add_column("kind")
@@ -188,13 +192,13 @@ def _shards(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from hetero_kt import report
 
-    finished, unfinished = report.find_runs([arguments.run])
-    if arguments.official and finished:
+    if arguments.official:
         from hetero_kt.ask import Trained
 
         Trained(arguments.run).write_official(arguments.official)
         print(arguments.official)
         return 0
+    finished, unfinished = report.find_runs([arguments.run])
     for run in finished:
         export = run.folder / "export"
         files = sorted([*export.glob("*.safetensors"), *export.glob("*/model.safetensors")])

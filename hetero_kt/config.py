@@ -120,6 +120,8 @@ class Data:
     """Of `vqa` and `captions`: share of the training pictures that is kept."""
     answers: int = 3128
     """Of `vqa`: so many of the most frequent training answers can be given, where no answer_list.json says which."""
+    blank: bool = False
+    """Of `vqa` and `captions`: all pictures are black. What is reached so is what texts tell alone."""
     candidates: int = 0
     """Of `vqa` and `captions`, in evaluation: so many of a list are scored in full, after a first choice; 0 stands for
     X-VLM's 128 answers, or 256 captions and pictures."""
@@ -151,6 +153,8 @@ class XVLM:
     """Where its vision encoder starts: a safetensors file, or `timm:NAME` for timm's published weights."""
     text: str = ""
     """Where its text encoder and decoder start: a BERT's folder or safetensors file, `hf:NAME`, or `run:RECIPE`."""
+    dropout: float = 0.1
+    """Of its text layers."""
     negatives: Literal["rank", "gathered"] = "rank"
     """Of retrieval: hard negatives are drawn from one rank's batch, or from that of all ranks."""
 

@@ -125,6 +125,7 @@ def _build_xvlm(model: Model, config: Data, data_dir: str, output_dir: str, opti
         init=start("init", model.init),
         vision=start("xvlm.vision", model.xvlm.vision),
         text=start("xvlm.text", model.xvlm.text),
+        dropout=model.xvlm.dropout,
         gathered=model.xvlm.negatives == "gathered",
     )
     module.checkpointing = model.checkpointing
@@ -282,7 +283,7 @@ def _transfers(recipe: Recipe, method: MergeNet, owners: Mapping[str, Any]) -> d
             source,
             target,
             cycle=t.cycle,
-            adapter=_with_gate(t.adapter, recipe.models[split_site(t.target)[0]]),
+            adapter=_with_gate(t.adapter, recipe.models[split_site(t.target)[0]], split_site(t.target)[1]),
             optim=t.optim,
             schedule=t.schedule,
             update=t.update,
@@ -293,9 +294,10 @@ def _transfers(recipe: Recipe, method: MergeNet, owners: Mapping[str, Any]) -> d
     return transfers
 
 
-def _with_gate(adapter: AdapterConfig, target: Model) -> AdapterConfig:
+def _with_gate(adapter: AdapterConfig, target: Model, weight: str) -> AdapterConfig:
     """A pretrained target starts from a closed gate, so that the first proposals do not destroy it."""
-    trained = target.pretrained or target.init or target.name.startswith("hf:")
+    part = target.xvlm.vision if weight.startswith("vision_encoder.") else target.xvlm.text
+    trained = target.pretrained or target.init or target.name.startswith("hf:") or part
     return replace(adapter, gate=0.0) if adapter.gate == "auto" and trained else adapter
 
 

@@ -47,7 +47,8 @@ class ModelCost:
 def model_cost(module: nn.Module, model: Model, pictures: Data, world: int) -> ModelCost:
     """Cost of `module` (plain, on the CPU) trained as `model` says on `world` ranks; one sample is a picture, a
     text of the greatest length, or one of each."""
-    return _cost(module, _macs(module, *_sample(pictures)), model, world)
+    inputs, more = _sample(pictures)
+    return _cost(module, _macs(module, *inputs, **more), model, world)
 
 
 def _cost(module: nn.Module, macs: int, model: Model, world: int) -> ModelCost:
@@ -191,19 +192,25 @@ def _shape(layout: Layout) -> tuple[int, ...]:
     return (layout.prefix + layout.grid[0] * layout.grid[1], layout.channels)
 
 
-def _sample(config: Data) -> tuple[torch.Tensor, ...]:
+def _sample(config: Data) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    """What a model's forward takes in training, for one sample; the answer to a question has four tokens."""
     text, picture = torch.zeros(1, config.text.length, dtype=torch.long), torch.zeros(1, 3, *[config.image_size] * 2)
-    if config.name in data.PAIRS:
-        return picture, text, torch.ones_like(text)
-    return (text,) if config.name in data.TEXTS else (picture,)
+    first = torch.zeros(1, dtype=torch.long)
+    if config.name == "captions":
+        return (picture, text, torch.ones_like(text)), {"negatives": (first, first)}
+    if config.name == "vqa":
+        answer = torch.ones(1, 4, dtype=torch.long)
+        more = {"answer_ids": answer, "answer_mask": answer, "owner": first}
+        return (picture, text, torch.ones_like(text)), more
+    return ((text,) if config.name in data.TEXTS else (picture,)), {}
 
 
-def _macs(module: nn.Module, *inputs: Any) -> int:
+def _macs(module: nn.Module, *inputs: Any, **more: Any) -> int:
     """Multiply-accumulates of linear and convolution layers in one forward in eval mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*inputs)
+        module(*inputs, **more)
     for part, training in modes:
         part.training = training
     layers = {torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm}

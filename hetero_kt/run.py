@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -115,6 +115,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
     parameters = {name: parts.parameters(module) for name, module in modules.items()}
     if ranks.first:
         _announce(recipe, parameters, prepared, train, start_from)
+    told = _left_out(ranks, train, test)  # hours of training before such news would be unkind
 
     torch.manual_seed(recipe.seed * 100_003 + 1 + ranks.rank)  # dropout differs between ranks, weights do not
     method = prepared.start()
@@ -136,7 +137,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
         with _profiled(folder, options.profile and ranks.first) as trainer.after_step:
             done = trainer.fit()
         if not done:
-            _left_out(ranks, train, test)
+            _left_out(ranks, train, test, told)
             if ranks.first:
                 at = f"at step {trainer.step}, checkpoint written: the same command goes on"
                 print(f"stopped by a signal {at}", flush=True)
@@ -147,7 +148,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
                 "added_parameters": prepared.parameters,
                 "teachers": parts.evaluate_teachers(recipe, prepared, test, ranks),
                 **method.measured(),
-                "left_out": _left_out(ranks, train, test),
+                "left_out": _left_out(ranks, train, test, told),
                 "wall_seconds": round(time.perf_counter() - started, 1),
             }
             if ranks.first:
@@ -209,13 +210,17 @@ def _announce(
             print(f"{name}: {dropped} samples an epoch are dropped: batch {loader.global_batch}", flush=True)
 
 
-def _left_out(ranks: Ranks, train: Mapping[str, Loader], test: Mapping[str, Loader]) -> list[str]:
-    """What the loaders of all ranks have left out since the start, said by the first rank. Collective."""
+def _left_out(
+    ranks: Ranks, train: Mapping[str, Loader], test: Mapping[str, Loader], told: Sequence[str] = ()
+) -> list[str]:
+    """What the loaders of all ranks have left out since the start; the first rank says what it has not told before.
+    Collective."""
     everybody: list[list[str]] = [[]] * ranks.world
     dist.all_gather_object(everybody, [n for loader in (*train.values(), *test.values()) for n in loader.notices()])
     notices = list(dict.fromkeys(notice for one in everybody for notice in one))
     for notice in notices if ranks.first else ():
-        print(notice, flush=True)
+        if notice not in told:
+            print(notice, flush=True)
     return notices
 
 

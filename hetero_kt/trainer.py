@@ -32,6 +32,10 @@ SIGNAL_EVERY = 10
 """Steps between two looks at signals, at most: ranks have to agree, which costs an all-reduce."""
 
 
+SHOWN = ("/loss", *(f"/test_{name}" for name in ("top1", "exact", "error", "accuracy", "overall", "r_mean")))
+"""What stands beside the progress bar: losses, and the first figure of each task."""
+
+
 class Trainer:
     """Runs `method` for `recipe.steps` optimizer steps in the run folder `folder`.
 
@@ -271,7 +275,7 @@ class _Log:
         if not self.ranks.first:
             return
         self._record(step, values)
-        note = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if k.endswith(("/loss", "/test_top1")))
+        note = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if k.endswith(SHOWN))
         self.progress.update(self.task, completed=step, note=note)
         evaluated = any("/test_" in name for name in values)
         if evaluated or (not self.console.is_terminal and step - self.said >= self.last // 5):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from hetero_kt import checks, cli, data, options, parts
-from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer, Transform
+from hetero_kt import checks, cli, data, options, parts, plan
+from hetero_kt.config import XVLM, Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer, Transform
 from hetero_kt.data import world
+from hetero_kt.debug import shrink
 from hetero_kt.distributed import params
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.distributed.learner import build_learner
@@ -38,7 +40,7 @@ ADAPTER = AdapterConfig(heads=2, dropout=0.0, ff_dropout=0.0)
 PLAIN = Transform(scale=(1.0, 1.0), flip=0.0, squash=True)
 WORLD = Text("generated", length=24)
 SETS = {
-    name: Data(name, batch=8, candidates=8, image_size=32, text=WORLD, transform=PLAIN, workers=0)  # type: ignore[arg-type]
+    name: Data(name, batch=8, candidates=8, validation=0.005, image_size=32, text=WORLD, transform=PLAIN, workers=0)  # type: ignore[arg-type]
     for name in ("vqa", "captions")
 }
 WORDS = data.tokenizer(SETS["vqa"])
@@ -107,7 +109,12 @@ def plainly(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(alignment, "_drawn", hardest)
     model = model_of(name)
     exchange = Exchange(transfers(model))
-    optimizer = torch.optim.SGD(model.parameters(), lr=SGD.lr, momentum=SGD.momentum, weight_decay=SGD.weight_decay)
+    spared = ("vision_encoder.cls_token", "vision_encoder.pos_embed", "temp")
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if n not in spared], "weight_decay": SGD.weight_decay},
+        {"params": [p for n, p in model.named_parameters() if n in spared]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=SGD.lr, momentum=SGD.momentum)
     loader = data.open_loader(SETS[name], train=True, seed=3)
     losses = []
     for step in range(STEPS):
@@ -154,43 +161,56 @@ def test_a_resume_is_equal_to_the_bit(ranks: Any, tmp_path: Path, name: str, sta
     assert trained[0] == trained[1]
 
 
-def test_activation_checkpointing_changes_nothing(ranks: Any, tmp_path: Path) -> None:
-    ends = []
+def test_activation_checkpointing_reaches_the_model(tmp_path: Path) -> None:
+    """What it changes there (nothing) is the model's own test."""
+    base = recipe(tmp_path)
     for on in (False, True):
-        base = recipe(tmp_path, "captions", 3, output_dir=str(tmp_path / str(on)))
-        model = replace(base.models["xvlm"], checkpointing=on)
-        ends.append(tiny.train(ranks(2), replace(base, models={"xvlm": model}))[0]["xvlm"])
-    for key, value in ends[0].items():
-        assert torch.allclose(ends[1][key], value, atol=1e-6), key
+        made = parts.build_models(replace(base, models={"xvlm": replace(base.models["xvlm"], checkpointing=on)}))
+        assert made["xvlm"].checkpointing is on
 
 
 @pytest.mark.parametrize("name", ["vqa", "captions"])
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
-def test_lower_precision_trains(ranks: Any, tmp_path: Path, name: str, precision: str) -> None:
-    """The loss falls as in fp32, within 5 percent."""
-    losses = {}
-    for kind in ("fp32", precision):
-        base = recipe(tmp_path, name, 1, output_dir=str(tmp_path / kind), steps=12)
-        model = replace(base.models["xvlm"], precision=kind, optim=replace(base.models["xvlm"].optim, lr=3e-3))
-        base = replace(base, models={"xvlm": model})
-        tiny.train(ranks(1), base)
-        losses[kind] = [line["xvlm/loss"] for line in tiny.lines(run_folder(base)) if "xvlm/loss" in line]
-    assert losses[precision][-1] == pytest.approx(losses["fp32"][-1], rel=0.05)
-    if name == "vqa":
-        assert losses[precision][-1] < 0.8 * losses[precision][0]
+def test_lower_precision_trains(ranks: Any, name: str, precision: str) -> None:
+    """The loss of one batch falls as in fp32."""
+    whole, lower = (ranks(1).run(one_batch, name, kind) for kind in ("fp32", precision))
+    assert whole[0][-1] < 0.75 * whole[0][0]
+    assert lower[0][-1] < 0.75 * lower[0][0]
+    assert lower[0][0] == pytest.approx(whole[0][0], rel=0.02)
+
+
+def one_batch(name: str, precision: Any) -> list[float]:
+    """Losses of steps on one batch, with the same negatives for the same features."""
+    drawn, alignment._drawn = alignment._drawn, hardest
+    try:
+        optim = Optim("adamw", lr=2e-3, weight_decay=0.0)
+        model = Model("", "", optim=optim, schedule=Schedule("constant"), precision=precision)
+        learner = build_learner(model_of(name), model, {"stage": 1}, rows=8, steps=40)
+        learner.engine.eval()
+        batch = data.open_loader(SETS[name], train=True, seed=3).batch(0)
+        losses = []
+        for step in range(40):
+            learner.begin(step)
+            loss = task_of(name).loss(learner.engine, batch)
+            learner.engine.backward(loss)
+            learner.step()
+            losses.append(loss.item())
+        learner.engine.destroy()
+    finally:
+        alignment._drawn = drawn
+    return losses
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("control", ["none", "transfer"])
-def test_the_generated_world_is_learned(ranks: Any, tmp_path: Path, control: str) -> None:
+def test_the_generated_world_is_learned(tmp_path: Path, control: str) -> None:
     """With transfers and without: nine questions in ten, and most captions among ten of 200 pictures."""
     scores = {}
     for launcher, name in (("xvlm_vqa.py", "vqa"), ("xvlm_retrieval.py", "captions")):
-        made = runpy.run_path(str(LAUNCHERS / launcher))["VARIANTS"]["world"]()
-        made = replace(made, output_dir=str(tmp_path))
-        tiny.train(ranks(1), replace(made, method=made.method.with_arm(control)))
-        result = json.loads(next(tmp_path.glob(f"{made.name}/{control}/*/result.json")).read_text())
-        scores[name] = result["metrics"]["xvlm"]
+        command = [sys.executable, str(LAUNCHERS / launcher), "--variant", "world", "--control", control]
+        subprocess.run([*command, "--output-dir", str(tmp_path / name)], check=True, timeout=1200)
+        (result,) = (tmp_path / name).rglob("result.json")
+        scores[name] = json.loads(result.read_text())["metrics"]["xvlm"]
     assert scores["vqa"]["overall"] > 90
     assert scores["captions"]["tr1"] > 15, "chance is 0.5"
     assert scores["captions"]["ir10"] > 50, "chance is 5"
@@ -226,7 +246,9 @@ def test_a_trained_one_answers_as_in_its_evaluation(
         shown = asked.ask(file, "how many shapes are there?", top=3)
         assert len(shown) == 3
         assert shown[0][1] >= shown[1][1] >= shown[2][1] > 0
-        assert sum(chance for _, chance in asked.ask(file, "how many?", top=1000)) == pytest.approx(1)
+        every = asked.ask(file, "how many?", top=1000)
+        assert len(every) == len(asked.answers.texts)
+        assert sum(chance for _, chance in every) < 1, "as texts, of which a model could write others"
         cli.main(["ask", str(run_folder(trained)), str(file), "how many shapes are there?", "--top", "3"])
         printed = capsys.readouterr().out
         assert all(answer in printed for answer, _ in shown)
@@ -288,7 +310,7 @@ def test_a_fraction_of_the_training_pictures_is_one_option_away(tmp_path: Path) 
     left, _ = options.resolve(lambda: made, [])
     assert left.data["vqa"].fraction == 0.1, "what a recipe says stays"
     loader = data.open_loader(made.data["vqa"], train=True, seed=0)
-    assert loader.samples == 600, "three questions about each of 200 pictures"
+    assert loader.samples == 597, "three questions about a tenth of the 1,990 pictures that are not held out"
     with pytest.raises(ValueError, match=r"^--train-fraction 2.0 is no share of the pictures"):
         options.resolve(lambda: recipe(tmp_path), ["--train-fraction", "2"])
     with pytest.raises(ValueError, match=r"^--train-fraction 0.1 is for sets of pictures with texts"):
@@ -331,15 +353,92 @@ def test_sets_that_do_not_suit(tmp_path: Path, change: dict[str, Any], sentence:
     ("change", "sentence"),
     [
         ({"label_smoothing": 0.1}, r"^--models\.xvlm\.label-smoothing goes with neither of retrieval's losses"),
-        ({"micro_batch": 1}, r"^--models\.xvlm\.micro-batch leaves a rank no second picture"),
+        ({"micro_batch": 1}, r"^--models\.xvlm\.micro-batch leaves no second picture"),
     ],
 )
 def test_retrieval_that_cannot_train(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
     base = recipe(tmp_path, "captions")
     with pytest.raises(ValueError, match=sentence):
         checks.check(replace(base, models={"xvlm": replace(base.models["xvlm"], **change)}))
-    with pytest.raises(ValueError, match=r"^--data\.NAME\.batch leaves a rank no second picture"):
+    with pytest.raises(ValueError, match=r"^--data\.captions\.batch leaves no second picture"):
         checks.check(replace(base, data={"captions": replace(base.data["captions"], batch=2)}), world=2)
+    gathered = replace(base.models["xvlm"], xvlm=XVLM(negatives="gathered"))
+    few = replace(base, models={"xvlm": gathered}, data={"captions": replace(base.data["captions"], batch=2)})
+    checks.check(few, world=2)
+    with pytest.raises(ValueError, match="leaves no second picture"):
+        checks.check(replace(few, data={"captions": replace(base.data["captions"], batch=1)}))
+
+
+@pytest.mark.parametrize("size", [1, 8, 16])
+def test_debug_leaves_every_rank_pairs_enough(tmp_path: Path, size: int) -> None:
+    base = recipe(tmp_path, "captions")
+    pieces = replace(base.models["xvlm"], micro_batch=4)
+    checks.check(shrink(replace(base, models={"xvlm": pieces}), size), size)
+
+
+@pytest.mark.parametrize(
+    ("start", "closed"),
+    [
+        (XVLM(), (False, False)),
+        (XVLM(vision="timm:vit"), (False, True)),
+        (XVLM(text="hf:bert"), (True, False)),
+        (XVLM(vision="timm:vit", text="hf:bert"), (True, True)),
+    ],
+)
+def test_the_gate_is_closed_in_front_of_the_tower_that_is_trained(
+    tmp_path: Path, start: XVLM, closed: tuple[bool, bool]
+) -> None:
+    """v2t writes the text encoder, t2v the vision encoder."""
+    base = recipe(tmp_path)
+    made = replace(base, models={"xvlm": replace(base.models["xvlm"], xvlm=start)})
+    assert isinstance(made.method, MergeNet)
+    found = parts._transfers(made, made.method, {"xvlm": model_of("vqa")})
+    assert tuple(found[way].adapter.first_gate() == 0.0 for way in ("v2t", "t2v")) == closed
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"fraction": 0.1}, r"^--data\.all\.fraction is for vqa and captions only"),
+        ({"candidates": 3}, r"^--data\.all\.candidates is for vqa and captions only"),
+        ({"blank": True}, r"^--data\.all\.blank is for vqa and captions only"),
+    ],
+)
+def test_fields_of_pairs_are_refused_elsewhere(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    base = tiny.recipe(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        checks.check(replace(base, data={"all": replace(base.data["all"], **change)}))
+    pairs = recipe(tmp_path)
+    with pytest.raises(ValueError, match=r"^--data\.vqa\.per-class is not for vqa"):
+        checks.check(replace(pairs, data={"vqa": replace(pairs.data["vqa"], per_class=3)}))
+
+
+@pytest.mark.parametrize("name", ["vqa", "captions"])
+def test_a_plan_counts_the_whole_forward(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    made = recipe(tmp_path, name)
+    plan.show(made, 2)
+    printed = capsys.readouterr().out
+    assert "v2t" in printed
+    inputs, more = plan._sample(made.data[name])
+    assert plan._macs(model_of(name), *inputs, **more) > 1e6
+    if name == "vqa":
+        assert plan._macs(model_of(name), *inputs, **more) > plan._macs(model_of(name), *inputs), "the decoder counts"
+
+
+def test_an_average_can_be_exported_and_asked(ranks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two models in one run: each is named by its folder; and a torch checkpoint is one that torch loads safely."""
+    base = recipe(tmp_path, steps=2)
+    made = replace(base, models={"xvlm": replace(base.models["xvlm"], ema=0.9)})
+    tiny.train(ranks(1), made)
+    export = run_folder(made) / "export"
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(run_folder(made)), "--official", str(tmp_path / "x.th")])
+    assert "holds 2 models: name one, " in capsys.readouterr().err
+    cli.main(["export", str(export / "xvlm_ema"), "--official", str(tmp_path / "x.th")])
+    assert "text_encoder.embeddings.word_embeddings.weight" in torch.load(tmp_path / "x.th", weights_only=True)["model"]
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(export / "xvlm_ema"), "--official", str(tmp_path)])
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_the_names_that_are_checked_are_those_that_are_built() -> None:

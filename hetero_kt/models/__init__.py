@@ -19,7 +19,7 @@ from torch import nn
 from hetero_kt.messages import first_line
 from hetero_kt.models import cifar, swin
 
-__all__ = ["build", "classifier", "irb_projection", "known", "modality_values"]
+__all__ = ["XVLMS", "build", "classifier", "irb_projection", "known", "modality_values"]
 
 swin.register()
 
@@ -76,21 +76,23 @@ def modality_values(name: str) -> tuple[str, str]:
 
     Raises ValueError for another model's name.
     """
-    if name not in _LAST_LAYERS:
-        raise ValueError(f"{name} is no X-VLM: use {', '.join(_LAST_LAYERS)}")
-    block, layer = _LAST_LAYERS[name]
+    if name not in XVLMS:
+        raise ValueError(f"{name} is no X-VLM: use {', '.join(XVLMS)}")
+    block, layer = XVLMS[name]
     return (
         f"vision_encoder.{block}.attn.qkv.weight[v]",
         f"text_encoder.encoder.layer.{layer}.attention.self.value.weight",
     )
 
 
-_LAST_LAYERS = {
+XVLMS = {
     "xvlm:tiny": ("blocks.1", 1),
     "xvlm:mini": ("blocks.3", 1),
     "xvlm:small": ("blocks.5", 2),
     "xvlm:base": ("layers.3.blocks.1", 5),
 }
+"""Models that see pictures and read texts, each with its last vision layer and its last layer that reads text alone.
+`hetero_kt.models.xvlm` builds them; it takes seconds to import."""
 
 
 def irb_projection(model: nn.Module, k: int) -> str:

@@ -45,6 +45,8 @@ __all__ = ["TASKS", "VQA", "Retrieval", "Start", "build", "known"]
 
 Task = Literal["vqa", "retrieval"]
 
+FORMS: tuple[Task, ...] = get_args(Task)
+
 TASKS: dict[str, Task] = {"vqa": "vqa", "captions": "retrieval"}
 """What a model is built for, by the data that it trains on."""
 
@@ -91,6 +93,7 @@ def build(
     init: str = "",
     vision: str = "",
     text: str = "",
+    dropout: float = 0.1,
     gathered: bool = False,
 ) -> tuple[VQA | Retrieval, Start]:
     """A model for a task, and where its tensors began. What is fresh is drawn from torch's global generator.
@@ -101,6 +104,7 @@ def build(
         init: a file of the whole model, for either task: one of ours, or a published one (see `xvlm_weights`).
         vision: a file of the vision encoder alone, timm's or a CLIP vision tower of transformers; or `timm:NAME`.
         text: a BERT's file or folder, or `hf:NAME`.
+        dropout: of the text layers.
         gathered: of retrieval: hard negatives come from the batches of all ranks, not from one rank's.
 
     Raises:
@@ -109,16 +113,16 @@ def build(
     """
     if name not in _SIZES:
         raise ValueError(f"no model is called {name!r}: use {', '.join(known())}")
-    if task not in get_args(Task):
-        raise ValueError(f"task {task!r} is unknown: use any of {', '.join(get_args(Task))}")
+    if task not in FORMS:
+        raise ValueError(f"task {task!r} is unknown: use any of {', '.join(FORMS)}")
     if init and (vision or text):
         raise ValueError(f"{name}: init and {'vision' if vision else 'text'} both say where to start: set one of them")
     tokens = vocabulary if isinstance(vocabulary, int) else vocabulary.size
     model: VQA | Retrieval
     if task == "vqa":
-        model = VQA(name, tokens, image_size)
+        model = VQA(name, tokens, image_size, dropout)
     else:
-        model = Retrieval(name, tokens, image_size, gathered=gathered)
+        model = Retrieval(name, tokens, image_size, dropout, gathered=gathered)
     return model, xvlm_weights.fill(model, init=init, vision=vision, text=text)
 
 
@@ -127,7 +131,7 @@ class _XVLM(nn.Module):
 
     task: Task
 
-    def __init__(self, name: str, vocabulary: int, image_size: int) -> None:
+    def __init__(self, name: str, vocabulary: int, image_size: int, dropout: float = 0.1) -> None:
         super().__init__()
         size = _SIZES[name]
         self.name, self.image_size = name, image_size
@@ -135,7 +139,7 @@ class _XVLM(nn.Module):
         """While training, keep only what goes into each layer, and compute the rest again backward."""
         self.vision_encoder = _vision_encoder(name, size, image_size)
         self.vision_width = int(self.vision_encoder.num_features)  # type: ignore[arg-type]
-        self.text_encoder = _Bert(_bert_config(size, vocabulary), size.text, size.cross, self.vision_width)
+        self.text_encoder = _Bert(_bert_config(size, vocabulary, dropout), size.text, size.cross, self.vision_width)
         _initialise(self.text_encoder, size.width)
 
     def see(self, pictures_BCHW: Tensor) -> Tensor:
@@ -170,10 +174,10 @@ class VQA(_XVLM):
 
     task = "vqa"
 
-    def __init__(self, name: str, vocabulary: int, image_size: int) -> None:
-        super().__init__(name, vocabulary, image_size)
+    def __init__(self, name: str, vocabulary: int, image_size: int, dropout: float = 0.1) -> None:
+        super().__init__(name, vocabulary, image_size, dropout)
         size = _SIZES[name]
-        self.text_decoder = _Decoder(_bert_config(size, vocabulary), size.cross)
+        self.text_decoder = _Decoder(_bert_config(size, vocabulary, dropout), size.cross)
         _initialise(self.text_decoder, size.width)
 
     def forward(
@@ -215,8 +219,10 @@ class Retrieval(_XVLM):
 
     task = "retrieval"
 
-    def __init__(self, name: str, vocabulary: int, image_size: int, *, gathered: bool = False) -> None:
-        super().__init__(name, vocabulary, image_size)
+    def __init__(
+        self, name: str, vocabulary: int, image_size: int, dropout: float = 0.1, *, gathered: bool = False
+    ) -> None:
+        super().__init__(name, vocabulary, image_size, dropout)
         width = _SIZES[name].width
         self.gathered = gathered
         """Hard negatives come from the batches of all ranks. These have equally many rows, of texts of one width."""
@@ -455,12 +461,14 @@ def _vision_encoder(name: str, size: _Size, image_size: int) -> nn.Module:
     return encoder
 
 
-def _bert_config(size: _Size, vocabulary: int) -> BertConfig:
+def _bert_config(size: _Size, vocabulary: int, dropout: float) -> BertConfig:
     config = BertConfig(
         vocab_size=vocabulary,
         hidden_size=size.width,
         num_attention_heads=size.width // 64,
         intermediate_size=4 * size.width,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     config._attn_implementation = "sdpa"
     return config
