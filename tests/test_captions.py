@@ -189,6 +189,17 @@ def test_a_truncated_picture_is_replaced_with_its_caption_counted_and_named(coco
         [strict.batch(step) for step in range(5)]
 
 
+def test_black_pictures_leave_the_captions_as_they_are(coco):
+    seen, black = (loader(coco, blank=blank) for blank in (False, True))
+    dark = -torch.tensor(black.mean) / torch.tensor(black.std)
+    pictures, *others = black.batch(1)
+    assert all(torch.equal(a, b) for a, b in zip(others, seen.batch(1)[1:], strict=True))
+    ((shown, _, _), *_) = loader(coco, train=False, blank=True).eval_pictures(4)
+    for each in (pictures, shown):
+        assert torch.allclose(each, dark[:, None, None].expand_as(each), atol=1e-6)
+    assert black.fingerprint() != seen.fingerprint()
+
+
 def test_a_damaged_picture_does_not_count_in_evaluation(coco):
     (coco / "val2014" / albums.coco_name("val", 13)).write_bytes(b"no picture")
     ours = loader(coco, train=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
 from typing import Any
@@ -486,8 +487,9 @@ class Questions:
                 count and sample not in self._damaged for sample, count in zip(samples.tolist(), counts, strict=True)
             ]
             places = torch.from_numpy(samples)
-            pictures = (places / 10).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
-            yield (pictures, self.ids[places], self.mask[places]), places, torch.tensor(sound).float()
+            shown, owner = places.unique(return_inverse=True)
+            pictures = (shown / 10).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+            yield (pictures, self.ids[places], self.mask[places], owner), places, torch.tensor(sound).float()
 
 
 def expected_scores(size: int, damaged: Sequence[int] = ()) -> dict[str, float]:
@@ -516,6 +518,23 @@ def expected_scores(size: int, damaged: Sequence[int] = ()) -> dict[str, float]:
 @pytest.mark.parametrize(("size", "rows"), [(1, 4), (11, 4), (30, 32)])
 def test_evaluation_is_that_of_scoring_every_answer_of_every_question(size: int, rows: int) -> None:
     assert vqa.evaluate(Writer(), Questions(size), "cpu", rows) == pytest.approx(expected_scores(size), rel=1e-6)
+
+
+def test_evaluation_tells_what_the_most_frequent_training_answer_alone_reaches() -> None:
+    loader = Questions(30, damaged=[2])
+    assert "majority" not in vqa.evaluate(Writer(), loader, "cpu")
+    loader.answers = replace(ANSWERS, counted=True)
+    found = vqa.evaluate(Writer(), loader, "cpu")
+    asked = [one for number, one in enumerate(loader.questions) if number != 2]
+    first = [
+        float(ANSWERS.texts[0] in one.answers)
+        if len(one.answers) == 1
+        else float(slow_accuracy(ANSWERS.texts[0], one.answers))
+        for one in asked
+    ]
+    assert found["majority"] == pytest.approx(100 * sum(first) / 29)
+    assert 0 < found["majority"] != found["overall"]
+    assert vqa.evaluate(Writer(), Questions(2, damaged=[0, 1]), "cpu") == {}
 
 
 def test_evaluation_leaves_out_questions_whose_picture_is_damaged() -> None:
@@ -590,7 +609,8 @@ def tiny() -> nn.Module:
 
 def test_xvlm_s_ranking_is_scoring_every_answer_in_full() -> None:
     loader, model = world_questions(), tiny().eval()
-    (pictures, ids, mask), _, _ = next(iter(loader.eval_batches(4)))
+    (pictures, ids, mask, owner), _, _ = next(iter(loader.eval_batches(4)))
+    pictures = pictures[owner]
     places, scores = vqa.answer(model, pictures, ids, mask, loader.answers, k=len(loader.answers.texts))
     with torch.no_grad():
         states = model(pictures, ids, mask)
@@ -598,7 +618,7 @@ def test_xvlm_s_ranking_is_scoring_every_answer_in_full() -> None:
     torch.testing.assert_close(scores, whole.gather(1, places), rtol=1e-4, atol=1e-4)
     assert (scores.diff(dim=1) <= 0).all()
     few, _ = vqa.answer(model, pictures, ids, mask, loader.answers, k=5)
-    assert few.shape == (4, 5)
+    assert few.shape == (len(ids), 5)
 
 
 def test_xvlm_s_loss_in_training_comes_down() -> None:
@@ -626,6 +646,6 @@ def xvlm_on_a_rank() -> dict[str, float]:
 
 def test_xvlm_evaluates_the_same_on_one_rank_and_under_zero_3_on_two(ranks) -> None:
     alone = vqa.evaluate(tiny(), world_questions(), "cpu", 8, k=10)
-    assert set(alone) == {"overall", "yes_no", "number", "other", "exact", "loss"}
+    assert set(alone) == {"overall", "yes_no", "number", "other", "exact", "majority", "loss"}
     first, second = ranks(2).run(xvlm_on_a_rank)
     assert first == second == pytest.approx(alone, rel=1e-4)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hetero_kt.config import Text
 from hetero_kt.data import open_loader
+from hetero_kt.data.gallery import Folders
 from hetero_kt.data.pictures import Unreadable
 from hetero_kt.data.text import load_tokenizer
 from hetero_kt.data.vqa import Asked, Question, answer_list, vqa
@@ -187,22 +188,35 @@ def test_a_seed_decides_the_order_and_the_view(official):
 @given(world=st.integers(1, 3), rows=st.integers(1, 9))
 def test_evaluation_sees_every_question_once_and_all_ranks_run_alike(tmp_path_factory, world, rows):
     folder = tmp_path_factory.getbasetemp() / "questions"
-    if not folder.exists():
+    if not folder.exists():  # pictures with 1, 2, 3, 1, 2, 3 and 7 questions, not beside each other
+        counts = (1, 2, 3, 1, 2, 3, 7)
+        asked = [one for k, one in enumerate(albums.some_questions(7, 7)) if k % 7 < counts[one["image"]]]
+        some = sorted(asked, key=lambda one: one["text"][-2])
         albums.set_of_vqa_v2(folder, 2, 7)
+        albums.vqa_v2(folder, "val", some)
     parts = [list(loader(folder, rank, world, train=False, batch=6).eval_batches(rows)) for rank in range(world)]
     assert len({len(batches) for batches in parts}) == 1
     questions = loader(folder, train=False).questions
     seen = []
     for together in zip(*parts, strict=True):
-        assert len({tuple(ids.shape) for (_, ids, _), _, _ in together}) == 1
-        for (pictures, ids, mask), samples, weight in together:
+        assert len({(ids.shape, pictures.shape) for (pictures, ids, _, _), _, _ in together}) == 1
+        for (pictures, ids, mask, owner), samples, weight in together:
             assert len(samples) <= rows
             assert decoded(ids, mask) == [bare(questions[sample].text) for sample in samples.tolist()]
-            assert albums.shown(pictures) == [int(questions[sample].image[-16:-4]) for sample in samples.tolist()], (
-                "a question with another one's picture"
-            )
-            seen += [sample for sample, counts in zip(samples.tolist(), weight.tolist(), strict=True) if counts]
-    assert sorted(seen) == list(range(14))
+            own = weight > 0
+            of_samples = [int(questions[sample].image[-16:-4]) for sample in samples[own].tolist()]
+            assert albums.shown(pictures[owner[own]]) == of_samples, "a question with another one's picture"
+            seen += samples[own].tolist()
+    assert sorted(seen) == list(range(19))
+
+
+def test_evaluation_decodes_a_picture_once_for_all_its_questions(official, monkeypatch):
+    seen = []
+    picture = Folders.picture
+    monkeypatch.setattr(Folders, "picture", lambda self, key: seen.append(key) or picture(self, key))
+    ours = loader(official, train=False)
+    assert sum(len(samples) for _, samples, _ in ours.eval_batches(4)) == 8
+    assert sorted(seen) == sorted({question.image for question in ours.questions})
 
 
 def test_fraction_and_validation_go_by_pictures_and_are_the_same_in_every_run(official):
@@ -254,6 +268,8 @@ def test_the_list_has_the_most_frequent_training_answers(official):
     assert decoded(torch.from_numpy(whole.ids), torch.from_numpy(whole.mask)) == whole.texts
     assert whole.ids.dtype == whole.mask.dtype == np.int64
     assert ours.classes == 3
+    assert ours.answers.counted
+    assert loader(official, train=False).answers.counted
     assert ours.batch(0).answer_ids.shape[0] == sum(len(set(q.answers)) for q in ours.questions[:4]), "none is dropped"
 
 
@@ -270,6 +286,7 @@ def test_a_list_beside_the_questions_counts_instead(official):
     (official / "answer_list.json").write_text(json.dumps(["yes", "a1", "no"]))
     assert loader(official).answers.texts == ["yes", "a1", "no"]
     assert loader(official, train=False).answers.texts == ["yes", "a1", "no"]
+    assert not loader(official, train=False).answers.counted, "nobody says how it is sorted"
     (official / "answer_list.json").write_text(json.dumps(["a1", "no"]))
     (notice,) = loader(official, train=False).notices()
     assert notice == (
@@ -344,6 +361,21 @@ def test_a_replacement_with_a_longer_question_keeps_the_ranks_alike(tmp_path):
             (batch.mask.all(1) & (batch.ids[:, -1] != vocabulary().sep)).sum().item() for batch in (ours, theirs)
         )
     assert cut, "no step in which that mattered"
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_black_pictures_leave_the_questions_as_they_are(official, train):
+    seen, black = (loader(official, train=train, blank=blank) for blank in (False, True))
+    dark = -torch.tensor(black.mean) / torch.tensor(black.std)
+    if train:
+        ours, theirs = black.batch(1), seen.batch(1)
+        assert torch.equal(ours.ids, theirs.ids)
+        assert torch.equal(ours.answer_ids, theirs.answer_ids)
+        pictures = ours.pictures
+    else:
+        ((pictures, _, _, _), _, _), *_ = black.eval_batches(8)
+    assert torch.allclose(pictures, dark[:, None, None].expand_as(pictures), atol=1e-6)
+    assert black.fingerprint() != seen.fingerprint()
 
 
 def test_a_damaged_picture_does_not_count_in_evaluation(official):

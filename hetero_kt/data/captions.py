@@ -92,7 +92,7 @@ class CaptionLoader:
         self.images, self.captions = len(keys), len(self.texts)
 
         def loader(samples: Sequence[str]) -> PictureLoader:
-            shown = Shown(name, gallery, samples)
+            shown = Shown(name, gallery, samples, black=config.image_size if config.blank else 0)
             settings = (config.transform, config.image_size, rank, world, device)
             return PictureLoader(shown, config.batch, seed, *settings, workers=config.workers, corrupt=config.corrupt)
 

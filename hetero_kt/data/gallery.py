@@ -339,17 +339,12 @@ class Shown:
         self.name, self.classes = name, classes
         self.labels = np.arange(len(keys))
         self._gallery, self._keys, self._black = gallery, list(keys), black
-        self._last: tuple[str, Image.Image] | None = None
 
     def picture(self, sample: int) -> Image.Image:
         """One picture in RGB. Raises Damaged."""
         if self._black:
             return Image.new("RGB", (self._black, self._black))
-        key = self._keys[sample]
-        # Samples in a row often show one picture where nothing is shuffled.
-        if self._last is None or self._last[0] != key:
-            self._last = key, self._gallery.picture(key)
-        return self._last[1]
+        return self._gallery.picture(self._keys[sample])
 
     def place(self, sample: int) -> str:
         return self._gallery.place(self._keys[sample])

@@ -109,8 +109,8 @@ def is_plain(source: str) -> bool:
     for entry in entries:
         if entry.is_dir() and entry.name[0] != "." and any(True for _ in _pictures(entry.path)):
             raise ValueError(
-                f"{folder} holds pictures itself ({stray}) and in folders ({entry.name}): move either away, since shards"
-                " have labels or none."
+                f"{folder} holds pictures itself ({stray}) and in folders ({entry.name}): move either away, since "
+                "shards have labels or none."
             )
     return True
 

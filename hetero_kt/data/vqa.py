@@ -16,6 +16,7 @@ K answers of the list.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,13 +81,15 @@ class AnswerList:
     """(K, T), int64, padded."""
     mask: np.ndarray
     """(K, T), int64."""
+    counted: bool = False
+    """The first one is the training questions' most frequent answer. Published lists are in any order."""
 
 
-def answer_list(texts: Sequence[str], tokenizer: Tokenizer, length: int = 40) -> AnswerList:
+def answer_list(texts: Sequence[str], tokenizer: Tokenizer, length: int = 40, *, counted: bool = False) -> AnswerList:
     """The list of these answers; of an answer longer than `length` tokens the rest is cut off."""
     sentences = Sentences(texts, tokenizer, length, "answers")
     ids, mask = sentences.take(np.arange(len(texts)), int(sentences.lengths.max(initial=0)))
-    return AnswerList(list(texts), ids, mask)
+    return AnswerList(list(texts), ids, mask, counted)
 
 
 class Asked(NamedTuple):
@@ -164,19 +167,21 @@ class QuestionLoader:
             ValueError: no questions, a batch that does not divide over the ranks, or settings that timm refuses.
         """
         self.questions, self.answers = questions, answers
-        self._shown = Shown(name, gallery, [question.image for question in questions], len(answers.texts))
-        self._pictures = PictureLoader(
-            self._shown,
-            config.batch,
-            seed,
-            config.transform,
-            config.image_size,
-            rank,
-            world,
-            device,
-            workers=config.workers,
-            corrupt=config.corrupt,
-        )
+        keys, black = [question.image for question in questions], config.image_size if config.blank else 0
+        self._shown = Shown(name, gallery, keys, len(answers.texts), black)
+
+        def loader(shown: Shown) -> PictureLoader:
+            settings = (config.transform, config.image_size, rank, world, device)
+            return PictureLoader(shown, config.batch, seed, *settings, workers=config.workers, corrupt=config.corrupt)
+
+        self._pictures = loader(self._shown)
+        # Evaluation goes picture by picture, from few questions to many, so that ranks have equally many.
+        about: dict[str, list[int]] = {}
+        for sample, key in enumerate(keys):
+            about.setdefault(key, []).append(sample)
+        by_count = sorted(about, key=lambda key: len(about[key]))
+        self._each = loader(Shown(name, gallery, by_count, black=black))
+        self._about, self._bounds = joined([np.array(about[key]) for key in by_count], np.int64)
         self.name, self.samples, self.classes = name, len(questions), len(answers.texts)
         self.global_batch, self.steps_per_epoch = config.batch, self._pictures.steps_per_epoch
         self.mean, self.std, self.device = self._shown.mean, self._shown.std, self._pictures.device
@@ -214,22 +219,41 @@ class QuestionLoader:
             tuple(counts_B.tolist()),
         )
 
-    def eval_batches(self, rows: int) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]]:
-        """This rank's share of every question exactly once: pictures (B, 3, H, W), ids and mask (B, L); which samples
-        the rows are (B,), int64; and their weights (B,).
+    def eval_batches(self, rows: int) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]]:
+        """This rank's share of every question exactly once: pictures (P, 3, H, W), ids and mask (B, L), and which of
+        the pictures each question is about (B,), int64; which samples the rows are (B,), int64; and their weights (B,).
 
-        Every rank yields equally many batches of equal shape, at most `rows` rows each; rows that fill up, and
-        those whose picture cannot be read, have weight 0, all others 1.
+        All questions about a picture come one after the other, so that it is decoded once. Every rank yields equally
+        many batches of equal shape, at most `rows` questions each; rows that fill up, and those whose picture cannot
+        be read, have weight 0, all others 1.
 
         Raises:
             ValueError: a damaged picture, where those are to end the run.
         """
-        orders = [Order(self.name, self.samples, self._world, self._seed, r, self._world) for r in range(self._world)]
-        turns = zip(*(order.in_turn(rows) for order in orders), strict=True)
-        for of_ranks, (pictures, numbers, weight) in zip(turns, self._pictures.eval_batches(rows), strict=True):
-            width = self._sentences.width(np.concatenate([samples for samples, _ in of_ranks]))
-            ids, mask = self._sentences.take(of_ranks[self._rank][0], width)
-            yield (pictures, moved(ids, self.device), moved(mask, self.device)), numbers, weight
+        images = len(self._bounds) - 1
+        at_once = max(1, rows * images // self.samples)
+        orders = [Order(self.name, images, self._world, self._seed, r, self._world) for r in range(self._world)]
+        turns = zip(*(order.in_turn(at_once) for order in orders), strict=True)
+        for of_ranks, (pictures, _, sound_P) in zip(turns, self._each.eval_batches(at_once), strict=True):
+            asked = [self._questions_about(*turn) for turn in of_ranks]
+            width = self._sentences.width(np.concatenate([samples for samples, _ in asked]))
+            own, most = asked[self._rank], max(len(samples) for samples, _ in asked)
+            counts_B = np.arange(most) < len(own[0])
+            samples_B, owner_B = (np.pad(array, (0, most - len(array))) for array in own)
+            piece = math.ceil(most / math.ceil(most / rows))
+            for first in range(0, most, piece):
+                some = slice(first, first + piece)
+                ids, mask = self._sentences.take(samples_B[some], width)
+                host = (ids, mask, owner_B[some], samples_B[some], counts_B[some])
+                ids_BL, mask_BL, owner, samples, counts = (moved(array, self.device) for array in host)
+                yield (pictures, ids_BL, mask_BL, owner), samples, sound_P[owner] * counts
+
+    def _questions_about(self, images_P: np.ndarray, counts_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The questions about those of the pictures that count, and which of them each is about."""
+        places = [np.arange(*self._bounds[image : image + 2]) for image in images_P[counts_P]]
+        samples = [self._about[place] for place in places]
+        owner = np.repeat(np.flatnonzero(counts_P), [len(some) for some in samples])
+        return np.concatenate([np.zeros(0, np.int64), *samples]), owner
 
     def fingerprint(self) -> dict[str, Any]:
         """How many questions there are, and checksums of pictures, questions, answers and tokens."""
@@ -244,7 +268,7 @@ class QuestionLoader:
 
     def notices(self) -> list[str]:
         """What was left out on this rank since the start, and what cannot be answered; a sentence each."""
-        return [*self._notices, *self._pictures.notices()]
+        return list(dict.fromkeys([*self._notices, *self._pictures.notices(), *self._each.notices()]))
 
     def throughput(self) -> dict[str, float]:
         """See `PictureLoader.throughput`."""
@@ -327,7 +351,7 @@ def vqa(
     return QuestionLoader(
         [question for question in asked if question.image in there],
         gallery,
-        answer_list(answers, tokenizer, config.text.length),
+        answer_list(answers, tokenizer, config.text.length, counted=not part.listed),
         tokenizer,
         config,
         name=part.name,

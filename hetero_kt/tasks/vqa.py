@@ -59,8 +59,9 @@ def loss(model: Any, batch: Asked, label_smoothing: float = 0.0) -> Tensor:
 def evaluate(
     model: Any, loader: QuestionLoader, device: torch.device | str, rows: int = _ROWS, k: int = CANDIDATES
 ) -> dict[str, float]:
-    """The scores of `score` over the loader's set, and `loss` (nats), as `loss` counts it, over the questions that have
-    an answer in the list, and those answers. Collective.
+    """The scores of `score` over the loader's set; `majority`, what the most frequent training answer alone would reach
+    `overall` (absent where the list does not tell which that is); and `loss` (nats), as `loss` counts it, over the
+    questions that have an answer in the list, and those answers. Collective.
 
     Every rank runs the same number of forwards, of at most `rows` questions, and gets the same result. Questions whose
     picture is damaged are left out; the loader names them.
@@ -73,8 +74,8 @@ def evaluate(
     kept = []
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
-        for (pictures, ids_BL, mask_BL), samples_B, weight_B in loader.eval_batches(rows):
-            states_BLD = model(pictures, ids_BL, mask_BL)
+        for (pictures, ids_BL, mask_BL, owner_B), samples_B, weight_B in loader.eval_batches(rows):
+            states_BLD = model(pictures[owner_B], ids_BL, mask_BL)
             candidates_BC = _likely(model, states_BLD, mask_BL, tokens, k)
             golds_BG, shares_BG = golds_SG[samples_B], shares_SG[samples_B]
             scores = _log_probabilities(model, states_BLD, mask_BL, tokens, torch.cat([candidates_BC, golds_BG], 1))
@@ -90,7 +91,10 @@ def evaluate(
     if world() == 1 or dist.get_rank() == 0:
         said = {sample: loader.answers.texts[best] for sample, best, counts in table.tolist() if counts}
         samples = sorted(said)
-        found = [score([loader.questions[s] for s in samples], [said[s] for s in samples])]
+        asked = [loader.questions[s] for s in samples]
+        found = [score(asked, [said[s] for s in samples])]
+        if asked and loader.answers.counted:
+            found[0]["majority"] = score(asked, loader.answers.texts[:1] * len(asked))["overall"]
         if count:
             found[0]["loss"] = entropy / count
     if world() > 1:
@@ -270,9 +274,10 @@ def vqa_accuracy(answer: str, annotators: Sequence[str]) -> float:
 
         min(1, others who gave the answer / 3)
 
-    As in the public evaluation, the answer is normalised, and the annotators' answers lose their punctuation where they
-    are not all the same; the data set has them normalised otherwise. With one annotator, leaving one out leaves
-    nobody, and it is the exact match.
+    This follows the code that was published with the data set (GT-Vision-Lab/VQA): the model's answer is normalised in
+    full; the annotators' lose their punctuation alone, and only where they are not all the same. An annotator's "two"
+    or "a dog" can so be matched by nothing. With one annotator, leaving one out leaves nobody, and it is the exact
+    match.
 
     Args:
         annotators: at least one answer; VQA v2 has ten.
