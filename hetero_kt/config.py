@@ -268,8 +268,9 @@ class KD:
     temperature: float = 4.0
     weight: float = 1.0
     labels: float = 1.0
-    """Of the labels' cross-entropy. Published mixtures are 0.1 beside a `weight` of 0.9, and for teacher assistants
-    (Mirzadeh et al. 2020, arXiv 1902.03393) 1 - l beside l."""
+    """Of the labels' cross-entropy. Published mixtures are 0.1 beside a `weight` of 0.9 and, from teacher to assistant
+    to student (TAKD, Mirzadeh et al. 2020, arXiv 1902.03393), 1 - l beside l; TAKD's public code takes a mean over
+    classes too, which is l / classes."""
 
 
 @dataclass(frozen=True)
