@@ -34,6 +34,7 @@ METRICS = {
     "yes_no": "yes/no (%)",
     "number": "number (%)",
     "other": "other (%)",
+    "majority": "majority (%)",
     "tr1": "TR@1",
     "tr5": "TR@5",
     "tr10": "TR@10",
@@ -221,7 +222,10 @@ def finish(folder: str | Path, console: Console | None = None) -> None:
 FOOTNOTE = "Mean ± population standard deviation over seeds; Δ: difference to none, same seeds paired."
 
 
-DETAILS = ("HasAns_exact", "NoAns_exact", "NoAns_f1", "best_exact", "best_exact_thresh", "best_f1", "best_f1_thresh")
+DETAILS = (
+    *("HasAns_exact", "NoAns_exact", "NoAns_f1", "best_exact", "best_exact_thresh", "best_f1", "best_f1_thresh"),
+    "majority",
+)
 """Metrics that a terminal has no room for; Markdown and result.json have them."""
 
 

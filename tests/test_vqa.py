@@ -242,9 +242,19 @@ class Writer(nn.Module):
         """Tokens of each forward of the decoder; 0 for one of the encoder."""
 
     def forward(
-        self, pictures=None, ids=None, mask=None, *, states=None, answer_ids=None, answer_mask=None, owner=None
+        self,
+        pictures=None,
+        ids=None,
+        mask=None,
+        *,
+        states=None,
+        answer_ids=None,
+        answer_mask=None,
+        owner=None,
+        about=None,
     ):
         if states is None:
+            pictures = pictures if about is None else pictures[about]
             states = self.read[ids] + pictures.flatten(1)[:, None, :1].to(self.read.dtype)
         if answer_ids is None:
             self.forwards.append(0)

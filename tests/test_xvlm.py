@@ -410,6 +410,15 @@ def test_pairs_stand_in_the_stated_order():
         assert torch.allclose(alone[0], model.itm_head[3](hidden), atol=1e-6)
 
 
+def test_many_questions_are_about_one_picture():
+    model = made("vqa").eval()
+    pictures, ids, mask = batch()
+    about = torch.tensor([1, 0, 1, 1])
+    once = model(pictures[:2], ids, mask, about=about)
+    assert torch.allclose(once, model(pictures[about], ids, mask), atol=1e-6)
+    assert not torch.allclose(once, model(pictures, ids, mask), atol=1e-4)
+
+
 def test_many_texts_look_at_one_picture():
     model = made("retrieval").eval()
     pictures, ids, mask = batch()

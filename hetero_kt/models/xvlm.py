@@ -190,17 +190,20 @@ class VQA(_XVLM):
         answer_ids: Tensor | None = None,
         answer_mask: Tensor | None = None,
         owner: Tensor | None = None,
+        about: Tensor | None = None,
     ) -> Tensor:
         """States (B, L, C) of questions that have seen their pictures or, with answers, logits (A, T, V).
 
         logits[:, t] predict token t + 1 from the tokens up to t.
 
         Args:
-            pictures: (B, 3, H, W).
+            pictures: (B, 3, H, W), or with `about` any number of them.
             ids, mask: questions (B, L); the mask is not 0 where there is a token.
             states: what an earlier call gave for the questions, in place of `pictures` and `ids`; `mask` as then.
             answer_ids, answer_mask: (A, T), with special tokens.
             owner: (A,), int64: the row of `states` that each answer belongs to; None where they belong row by row.
+            about: (B,), int64: the row of `pictures` that each question is about, so that a picture is encoded once for
+                all of its questions; None where they belong row by row.
         """
         if mask is None:
             raise ValueError("a question needs its mask: give mask of shape (B, L)")
@@ -208,7 +211,7 @@ class VQA(_XVLM):
             if pictures is None or ids is None:
                 raise ValueError("a question needs its picture: give pictures and ids, or states")
             read_BLC = self.text_encoder.read(ids, mask, again=self.again)
-            states = self.text_encoder.look(read_BLC, mask, self.see(pictures), again=self.again)
+            states = self.text_encoder.look(read_BLC, mask, self.see(pictures), about, again=self.again)
         if answer_ids is None:
             return states
         return self.text_decoder(answer_ids, answer_mask, states, mask, owner, again=self.again)

@@ -74,8 +74,8 @@ def evaluate(
     kept = []
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
-        for (pictures, ids_BL, mask_BL, owner_B), samples_B, weight_B in loader.eval_batches(rows):
-            states_BLD = model(pictures[owner_B], ids_BL, mask_BL)
+        for (pictures, ids_BL, mask_BL, about_B), samples_B, weight_B in loader.eval_batches(rows):
+            states_BLD = model(pictures, ids_BL, mask_BL, about=about_B)
             candidates_BC = _likely(model, states_BLD, mask_BL, tokens, k)
             golds_BG, shares_BG = golds_SG[samples_B], shares_SG[samples_B]
             scores = _log_probabilities(model, states_BLD, mask_BL, tokens, torch.cat([candidates_BC, golds_BG], 1))
