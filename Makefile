@@ -30,6 +30,7 @@ check: lint test
 bench: .venv/installed
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/fbt.py
+	$(BIN)/python benchmarks/xvlm.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

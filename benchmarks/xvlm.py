@@ -1,11 +1,10 @@
-"""What transfers inside an X-VLM cost, and what evaluation gains from more ranks.
+"""What transfers inside an X-VLM cost, and how fast it is evaluated.
 
     python benchmarks/xvlm.py                                            one process, ZeRO-1
-    deepspeed --num_accelerators 2 benchmarks/xvlm.py --stage 3          two ranks: sharded evaluation too
+    deepspeed --num_accelerators 2 benchmarks/xvlm.py                    two ranks, which share the evaluation
 
-Each ratio is of two sides that are measured in one run, in turns: `cycle` steps with a transfer each way, then `cycle`
-steps without; evaluation with every rank's share of the generated questions or captions, then with all of them on
-every rank.
+Both sides of the ratio are measured in one run, in turns: `cycle` steps with a transfer each way, then `cycle` steps
+without. Evaluated are the generated world's questions, or its captions.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from hetero_kt.config import Data, Model, Optim, Schedule, Text, Transform
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.learner import build_learner
 from hetero_kt.methods.mergenet import Exchange, MergeNet, Site, Transfer
-from hetero_kt.models import xvlm
+from hetero_kt.models import modality_values, xvlm
 from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.options import without_local_rank
 from hetero_kt.tasks import task_of
@@ -42,9 +41,6 @@ class Bench:
     model: str = ""
     """Empty takes xvlm:small on a GPU and xvlm:mini on a CPU."""
     task: Literal["vqa", "captions"] = "vqa"
-    vision: str = ""
-    """Weight of the vision encoder; empty takes the values of the last ViT layer."""
-    text: str = "text_encoder.encoder.layer.1.attention.self.value.weight"
     image_size: int = 64
     batch: int = 16
     """Rows per rank."""
@@ -77,12 +73,11 @@ def main(bench: Bench) -> None:
     zero = {"stage": bench.stage, "stage3_param_persistence_threshold": 0}
     learner = build_learner(module.to(ranks.device), model, zero, rows=bench.batch, steps=1_000_000)
     engine = learner.engine
-    vision = bench.vision or f"vision_encoder.blocks.{len(module.vision_encoder.blocks) - 1}.attn.qkv.weight[v]"
-    sites = Site(engine, vision, "svd"), Site(engine, bench.text, "svd")
+    sites = tuple(Site(engine, weight, "svd") for weight in modality_values(name))
     how = AdapterConfig(heads=12, layers=2)
-    both = [Transfer(*sites, bench.cycle, how, name="v2t"), Transfer(*sites[::-1], bench.cycle, how, name="t2v")]
+    there, back = Transfer(*sites, bench.cycle, how, name="v2t"), Transfer(*sites[::-1], bench.cycle, how, name="t2v")
     losses = {"xvlm": task.loss}
-    with_transfer = MergeNet({"xvlm": learner}, Exchange(both), losses)
+    with_transfer = MergeNet({"xvlm": learner}, Exchange([there, back]), losses)
     without = MergeNet({"xvlm": learner}, Exchange([]), losses)
     loader = data.open_loader(config, train=True, seed=0, rank=ranks.rank, world=ranks.world, device=ranks.device)
     batches = [loader.batch(step) for step in range(bench.cycle)]
@@ -91,13 +86,10 @@ def main(bench: Bench) -> None:
         for step, batch in enumerate(batches):
             method.step(step, {"xvlm": batch})
 
-    def evaluation(rank: int, world: int) -> Callable[[], None]:
-        seen = data.open_loader(config, train=False, seed=0, rank=rank, world=world, device=ranks.device)
+    seen = data.open_loader(config, train=False, seed=0, rank=ranks.rank, world=ranks.world, device=ranks.device)
 
-        def run() -> None:
-            task.evaluate(engine, seen, ranks.device, k=config.candidates)
-
-        return run
+    def evaluation() -> None:
+        task.evaluate(engine, seen, ranks.device, k=config.candidates)
 
     slow, fast = in_turns(lambda: steps(with_transfer), lambda: steps(without), bench.turns, ranks.device)
     result = {
@@ -113,17 +105,8 @@ def main(bench: Bench) -> None:
         "seconds_per_step_without": fast / bench.cycle,
         "ratio": slow / fast,
     }
-    items = len(data.world.questions(False)) if bench.task == "vqa" else len(data.world.captions(False)) * 2
-    if ranks.world > 1:
-        shared, whole = in_turns(evaluation(ranks.rank, ranks.world), evaluation(0, 1), 3, ranks.device)
-        result |= {
-            "items_per_second_on_all_ranks": items / shared,
-            "items_per_second_on_each_rank": items / whole,
-            "evaluation_speed_up": whole / shared,
-        }
-    else:
-        alone, _ = in_turns(evaluation(0, 1), lambda: None, 3, ranks.device)
-        result["items_per_second"] = items / alone
+    seconds, _ = in_turns(evaluation, lambda: None, 3, ranks.device)
+    result["items_per_second"] = (seen.samples if bench.task == "vqa" else seen.captions) / seconds
     if ranks.first:
         table = Table(title=f"{name}, {bench.task}, {result['device']}, {ranks.world} rank(s)")
         table.add_column("figure")
