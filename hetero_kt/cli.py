@@ -1,10 +1,11 @@
-"""The `hetero-kt` command: what can take part, what a run costs, what runs have shown, where models lie; shards of
-pictures, and pictures of features."""
+"""The `hetero-kt` command: what can take part, what a run costs, the papers' tables, what runs have shown, where models
+lie; shards of pictures, and pictures of features."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("launcher", metavar="LAUNCHER", help="launchers/cifar_mergenet.py, ...")
     command.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="the launcher's own options")
     command.set_defaults(command=_plan)
+
+    command = commands.add_parser("table", help="show a published table beside our runs, and run what is missing")
+    command.add_argument("name", nargs="?", default="", metavar="TABLE", help="mergenet-1, fbt-1, ...")
+    command.add_argument("--list", action="store_true", help="name the tables")
+    command.add_argument("--budget", choices=("cpu", "gpu", "paper"), default="cpu", help="size of the runs (cpu)")
+    command.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds that count, from --first-seed on (5)")
+    command.add_argument("--first-seed", type=int, default=0, metavar="SEED", help="(0)")
+    command.add_argument("--output-dir", default="runs", metavar="FOLDER", help="where runs are, and go (runs)")
+    command.add_argument("--runs", nargs="+", default=[], metavar="FOLDER", help="look for runs there too")
+    command.add_argument("--run", action="store_true", help="start what is missing, one process after another")
+    command.add_argument("--commands", action="store_true", help="only print the commands that are missing, in order")
+    command.add_argument("--ranks", type=int, default=1, help="processes of each run (1)")
+    command.add_argument("--markdown", metavar="FILE", help="write the table there too")
+    command.add_argument("--csv", metavar="FILE", help="write the numbers there")
+    command.set_defaults(command=_table)
 
     command = commands.add_parser("report", help="compare finished runs over controls and seeds")
     command.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders that hold some")
@@ -152,6 +168,49 @@ def _plan(arguments: argparse.Namespace) -> int:
     first_of_many = os.environ | {"RANK": "0", "WORLD_SIZE": str(arguments.ranks)}
     command = [sys.executable, str(launcher), *arguments.options, "--plan"]
     return subprocess.run(command, check=False, env=first_of_many).returncode
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from hetero_kt import tables
+    from hetero_kt.tables import runs, show
+
+    if arguments.list:
+        for name in tables.names():
+            print(f"{name:16}{tables.read(name).title}")
+        return 0
+    if not arguments.name:
+        raise ValueError("table: name one, or use --list to see which there are.")
+    if arguments.seeds < 1 or arguments.first_seed < 0 or arguments.ranks < 1:
+        raise ValueError("table: --seeds and --ranks are counts from 1 on, --first-seed is 0 or more.")
+    table, budget, output_dir = tables.read(arguments.name), arguments.budget, arguments.output_dir
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+
+    def fill() -> tuple[list[runs.Line], list[str]]:
+        found = runs.find([output_dir, *arguments.runs])
+        return runs.fill(table, budget, seeds, found, "--output-dir", output_dir)
+
+    lines, notes = fill()
+    if arguments.commands:
+        for start in show.starts(table, budget, lines, seeds, output_dir):
+            print(shlex.join(start.words(output_dir, arguments.ranks, tables.launchers())))
+        return 0
+    failed: list[str] = []
+    if arguments.run:
+        failed = show.run(show.starts(table, budget, lines, seeds, output_dir), output_dir, arguments.ranks)
+        lines, notes = fill()
+    notes = [*table.notes, *runs.evaluated(lines, budget), *show.without(table, budget), *notes, *failed]
+    console = Console()
+    console.print(show.rich_table(table, budget, lines))
+    for note in (show.FOOTNOTE, *notes):
+        console.print(Text(note), style="dim", soft_wrap=True)
+    for name, text in (
+        (arguments.markdown, show.markdown(table, budget, lines, notes)),
+        (arguments.csv, show.as_csv(table, lines)),
+    ):
+        if name:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(text, encoding="utf-8")
+    return 1 if failed else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

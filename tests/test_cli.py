@@ -108,6 +108,7 @@ def test_help_lists_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
     assert [line.split()[0] for line in text.splitlines() if line.startswith("    ")] == [
         "sites",
         "plan",
+        "table",
         "report",
         "shards",
         "export",

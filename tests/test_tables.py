@@ -1,0 +1,404 @@
+"""The papers' tables: every command trains something, what has run is found, and what cannot count is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_kt import cli, tables
+from hetero_kt.config import Distill, Recipe, differences, to_yaml
+from hetero_kt.folder import run_folder
+from hetero_kt.tables import runs, show
+
+NAMES = tables.names()
+resolved = cache(tables.resolved)
+"""A tenth of a second each, so each command once."""
+
+
+def commands(table: tables.Table) -> Iterator[tuple[str, tables.Command]]:
+    """Each once, without those of controls, which differ from their row's in one word."""
+    controls = {row.label for row in table.rows if not row.published and ": " in row.label}
+    given = {
+        f"{row.label} [{b}]": c for row in table.rows if row.label not in controls for b, c in row.commands.items()
+    }
+    yield from {str(command): (name, command) for name, command in {**table.before, **given}.items()}.values()
+
+
+def test_every_published_table_is_there() -> None:
+    mergenet = [*(f"mergenet-{i}" for i in range(1, 8)), "mergenet-fig3"]
+    fbt = [*(f"fbt-{i}" for i in (1, 2, 4)), *(f"fbt-appendix-{i}" for i in range(2, 7))]
+    assert sorted([*mergenet, *fbt]) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_is_a_recipe_that_passes_the_checks(name: str) -> None:
+    table = tables.read(name)
+    for where, command in commands(table):
+        one = resolved(command)
+        assert one.recipe.models, where
+        if where in table.before:
+            assert one.recipe.name == where, "a run that others name has that name"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_reads_a_model_that_its_command_trains(name: str) -> None:
+    table = tables.read(name)
+    for row in table.rows:
+        for budget, command in row.commands.items():
+            if budget == "paper" or not row.published:
+                continue
+            assert row.models[budget] in resolved(command).recipe.models, f"{row.label} [{budget}]"
+
+
+def test_rows_that_share_a_folder_train_the_same() -> None:
+    """Of all tables: two recipes of one name and arm would be in each other's way."""
+    seen: dict[Path, Recipe] = {}
+    for name in NAMES:
+        for where, command in commands(tables.read(name)):
+            one = resolved(command)
+            if not one.options.plan:
+                first = seen.setdefault(one.folder(0), one.recipe)
+                assert not differences(first, one.recipe), f"{name}: {where}"
+
+
+@pytest.mark.parametrize("name", ["mergenet-1", "mergenet-5", "mergenet-7", "mergenet-fig3", "fbt-1", "fbt-appendix-4"])
+@pytest.mark.parametrize("budget", tables.BUDGETS)
+def test_a_row_and_its_baseline_train_the_same_model_alike(name: str, budget: tables.Budget) -> None:
+    table = tables.read(name)
+    for row in table.rows:
+        if not row.baseline or not row.published or budget not in row.commands:
+            continue
+        base = table.row(row.baseline)
+        ours, theirs = (training(one, budget) for one in (row, base))
+        assert ours == theirs, f"{row.label} [{budget}]"
+
+
+def training(row: tables.Row, budget: tables.Budget) -> tuple[Any, ...]:
+    recipe = resolved(row.commands[budget]).recipe
+    model = recipe.models[row.models[budget]]
+    data = recipe.data[model.data]
+    return replace(model, data="", micro_batch=0), replace(data, workers=0), recipe.budget(row.models[budget])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_command_starts_from_is_trained_before(name: str) -> None:
+    table = tables.read(name)
+    for where, command in commands(table):
+        one = resolved(command)
+        method = one.recipe.method
+        inits = [model.init for model in one.recipe.models.values()]
+        if isinstance(method, Distill) and method.taught:
+            inits += [teacher.init for teacher in method.teachers.values()]
+        made = {recipe.name for recipe in one.before}
+        made |= {resolved(earlier).recipe.name for earlier in table.needed(command)}
+        needed = {init.removeprefix("run:") for init in inits if init.startswith("run:")}
+        assert needed <= made or one.options.plan, where
+
+
+def test_numbers_as_published() -> None:
+    """Spot checks against the papers, one per table."""
+    for name, label, published in (
+        ("mergenet-1", "MobileNetV2, R <-> M", {"top1": 66.51, "top5": 89.75}),
+        ("mergenet-1", "ResNet50, NKD", {"top1": 69.27, "top5": 90.18}),
+        ("mergenet-2", "VQA, V -> T", {"overall": 46.33, "other": 33.29, "number": 31.33}),
+        ("mergenet-2", "Retrieval, T -> V", {"tr10": 44.58, "ir10": 38.93}),
+        ("mergenet-3", "IMDb, DistilBERT with BERT", {"error": 7.5}),
+        ("mergenet-4", "SQuAD v2, BERT with MobileNetV2", {"exact": 71.49, "f1": 74.85}),
+        ("mergenet-5", "USKD", {"top1": 65.66, "top5": 86.61}),
+        ("mergenet-6", "layer 12 -> layer 3", {"exact": 54.77, "f1": 58.5}),
+        ("mergenet-7", "ResNet50, average attention", {"top1": 69.66}),
+        ("mergenet-fig3", "cycle 2", {"top1": 65.61}),
+        ("fbt-1", "ViT-S -> MobileNetV2, CRD", {"top1": 78.14}),
+        ("fbt-2", "ConvNeXt-T -> DeiT-T, FBT", {"top1": 75.26}),
+        ("fbt-4", "Swin-T -> ResNet18, C: teacher does not teach the fused model", {"top1": 25.57}),
+        ("fbt-appendix-2", "ViT-S -> ResNet18, FCFD", {"top1": 53.58}),
+        ("fbt-appendix-3", "E: both, fused", {"top1": 81.24}),
+        ("fbt-appendix-4", "last stage, pooled", {"top1": 76.79}),
+        ("fbt-appendix-5", "ConvNeXt-T -> Swin-P, ViT block", {"top1": 80.72}),
+        ("fbt-appendix-6", "ResMLP-S12, FBT adds", {"parameters": 1.48, "flops": 0.29}),
+    ):
+        assert tables.read(name).row(label).published == published
+
+
+ROW = """
+title: t
+metrics: [top1]
+rows:
+  - label: a
+    model: student
+    cpu: cifar_distill --variant digits --method kd
+    gpu: {missing: too large}
+    paper: {missing: too large}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("label: a", "label: a\n    publisht: {top1: 1}", "publisht is no field: use published"),
+        ("label: a", "label: a\n    published: {top2: 1}", "top2 is no column: use top1"),
+        ("label: a", "label: a\n    published: {top1: yes}", "published top1 is True, which is no number"),
+        ("label: a", "label: a\n    baseline: b", "baseline 'b' is no row: use a"),
+        ("cpu: cifar_distill --variant digits --method kd", "cpu: {missing: ''}", "use a command, or {missing: why}"),
+        ("cpu: cifar_distill", "cpu: '{nothing}'\n    model: x #", "cannot be read"),
+        ("cpu: cifar_distill", "cpu: --variant #", "begins with no launcher"),
+        ("    model: student\n", "", "model is missing"),
+        ("title: t", "title: [", "is not YAML"),
+    ],
+)
+def test_a_table_that_is_wrong_is_refused_by_name(before: str, after: str, said: str) -> None:
+    with pytest.raises(ValueError, match="table x") as error:
+        tables.parse("x", ROW.replace(before, after))
+    assert said in str(error.value)
+
+
+def test_two_rows_of_one_label() -> None:
+    again = ROW + ROW[ROW.index("  - label") :]
+    with pytest.raises(ValueError, match="two rows 'a'"):
+        tables.parse("x", again)
+
+
+def test_unknown_tables_launchers_and_options() -> None:
+    with pytest.raises(ValueError, match="table mergenet-8 does not exist: use mergenet-"):
+        tables.read("mergenet-8")
+    with pytest.raises(ValueError, match="launcher cifar_mergenett does not exist: use cifar_mergenet"):
+        tables.resolved(tables.Command("cifar_mergenett", ()))
+    with pytest.raises(ValueError, match="is not understood"):
+        tables.resolved(tables.Command("cifar_mergenet", ("--no-such-option",)))
+
+
+# --- what has run ---
+
+TABLE = """
+title: made up
+metrics: [top1]
+before: {digits_distill_teacher: cifar_distill --variant digits_teacher}
+rows:
+  - label: alone
+    published: {top1: 50}
+    model: student
+    cpu: cifar_distill --variant digits --method none --teacher run:digits_distill_teacher
+    gpu: {missing: too large}
+    paper: {missing: too large}
+  - label: KD
+    published: {top1: 53}
+    baseline: alone
+    model: student
+    cpu: cifar_distill --variant digits --method kd --teacher run:digits_distill_teacher
+    gpu: {missing: too large}
+    paper: {missing: too large}
+"""
+DATA = {"data": {"pictures": [{"samples": 50, "labels": 1}, {"samples": 359, "labels": 2}]}}
+
+
+@pytest.fixture
+def made() -> tables.Table:
+    return tables.parse("made", TABLE)
+
+
+def write(root: Path, label: str, seed: int, top1: float, data: Any = DATA, **changes: Any) -> Path:
+    recipe = resolved(tables.parse("made", TABLE).row(label).commands["cpu"]).recipe
+    recipe = replace(recipe, output_dir=str(root), seed=seed, **changes)
+    folder = run_folder(recipe)
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    (folder / "data.json").write_text(json.dumps(data))
+    result = {"recipe": recipe.name, "control": recipe.method.arm, "seed": seed, "steps": recipe.steps}
+    (folder / "result.json").write_text(json.dumps({**result, "metrics": {"student": {"top1": top1}}}))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """alone: 50, 52, 54; KD: 53, 53, 59."""
+    for seed, (alone, kd) in enumerate([(50, 53), (52, 53), (54, 59)]):
+        write(tmp_path, "alone", seed, alone)
+        write(tmp_path, "KD", seed, kd)
+    return tmp_path
+
+
+def filled(table: tables.Table, *roots: Path, seeds: int = 3) -> tuple[dict[str, runs.Line], list[str]]:
+    lines, notes = runs.fill(table, "cpu", range(seeds), runs.find(roots), "--output-dir", str(roots[0]))
+    return {line.row.label: line for line in lines}, notes
+
+
+def test_runs_of_a_row_and_its_difference(made: tables.Table, root: Path) -> None:
+    lines, notes = filled(made, root)
+    alone, kd = lines["alone"].cells["top1"], lines["KD"].cells["top1"]
+    assert notes == []
+    assert alone.ours is not None
+    assert kd.ours is not None
+    assert kd.difference is not None
+    assert (alone.ours.mean, alone.ours.n, alone.difference) == (52, 3, None)
+    assert kd.difference.mean == pytest.approx(3)
+    assert kd.difference.low == pytest.approx(3 - 4.30265 * 2 / 3**0.5, abs=1e-3)  # t at 2 degrees of freedom
+    assert lines["KD"].missing(range(5)) == [3, 4]
+
+
+def test_other_seeds_are_left_alone(made: tables.Table, root: Path) -> None:
+    lines, notes = filled(made, root, seeds=2)
+    assert list(lines["KD"].runs) == [0, 1]
+    assert notes == []
+
+
+def test_what_has_not_run_is_empty(made: tables.Table, tmp_path: Path) -> None:
+    lines, notes = filled(made, tmp_path / "nothing")
+    assert notes == []
+    assert all(cell == runs.Cell(None, None) for line in lines.values() for cell in line.cells.values())
+    assert list(show.entries(made, list(lines.values())))[1] == ("KD", "top-1 (%)", "53.00 (+3.00)", "", "", "")
+
+
+def test_a_run_of_another_recipe_stays_apart(made: tables.Table, root: Path) -> None:
+    other = write(root, "KD", 3, 99, steps=320)
+    lines, notes = filled(made, root, seeds=5)
+    assert list(lines["KD"].runs) == [0, 1, 2]
+    assert notes == [f"{other} is of another recipe, which differs in steps: it stays apart."]
+
+
+def test_two_runs_of_one_seed_count_neither(made: tables.Table, root: Path, tmp_path: Path) -> None:
+    again = write(tmp_path / "elsewhere", "KD", 1, 99)
+    lines, notes = filled(made, root)
+    assert list(lines["KD"].runs) == [0, 2]
+    assert len(notes) == 1
+    assert str(again) in notes[0]
+    assert "both have seed 1: neither counts" in notes[0]
+
+
+def test_a_folder_named_twice_counts_once(made: tables.Table, root: Path) -> None:
+    lines, notes = filled(made, root, root / "digits_distill")
+    assert list(lines["KD"].runs) == [0, 1, 2]
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("result.json", '{"recipe": "digits_distill", "cont', "has a result that cannot be read"),
+        ("result.json", '{"recipe": "digits_distill"}', "has a result that cannot be read"),
+        ("result.json", None, "is not finished"),
+        ("data.json", "{", "has a result that cannot be read"),
+        ("recipe.yaml", None, "has no recipe.yaml"),
+        ("recipe.yaml", "name: [", "has a recipe.yaml that cannot be read"),
+    ],
+)
+def test_a_damaged_run_is_named_and_left_out(
+    made: tables.Table, root: Path, name: str, text: str | None, said: str
+) -> None:
+    folder = root / "digits_distill" / "kd" / "seed1"
+    (folder / name).unlink() if text is None else (folder / name).write_text(text)
+    lines, notes = filled(made, root)
+    assert list(lines["KD"].runs) == [0, 2]
+    assert len(notes) == 1
+    assert str(folder) in notes[0]
+    assert said in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 4}, "was cut short, at 4 of 160 steps"),
+        ({"seed": 7}, "has a result.json of another run than its recipe.yaml"),
+        ({"metrics": {"student": {"top1": float("nan")}}}, "has nan as top1 of student"),
+    ],
+)
+def test_a_result_that_says_something_else_is_left_out(
+    made: tables.Table, root: Path, change: dict[str, Any], said: str
+) -> None:
+    path = root / "digits_distill" / "kd" / "seed1" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    lines, notes = filled(made, root)
+    cell = lines["KD"].cells["top1"]
+    assert cell.ours is not None
+    assert (cell.ours.n, cell.ours.mean) == (2, 56)
+    assert len(notes) == 1
+    assert said in notes[0]
+
+
+def test_runs_on_other_samples_stay_apart(made: tables.Table, root: Path) -> None:
+    other = {"data": {"pictures": [{"samples": 60}, {"samples": 359, "labels": 2}]}}
+    write(root, "KD", 3, 99, data=other)
+    lines, notes = filled(made, root, seeds=4)
+    assert list(lines["KD"].runs) == [0, 1, 2]
+    assert "saw other samples than" in notes[0]
+
+
+def test_rows_evaluated_on_other_samples_have_no_difference(made: tables.Table, tmp_path: Path) -> None:
+    other = {"data": {"pictures": [{"samples": 50}, {"samples": 300}]}}
+    for seed in range(3):
+        write(tmp_path, "alone", seed, 50)
+        write(tmp_path, "KD", seed, 60, data=other)
+    lines, notes = filled(made, tmp_path)
+    assert lines["KD"].cells["top1"].ours is not None
+    assert lines["KD"].cells["top1"].difference is None
+    assert notes == ["KD: no difference to alone, which was evaluated on other samples"]
+
+
+# --- the command ---
+
+
+def test_list_names_every_table(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["table", "--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == NAMES
+
+
+@pytest.fixture
+def as_mergenet_1(made: tables.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made-up table in place of a real one."""
+    monkeypatch.setattr(tables, "read", lambda name: made)
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.mark.usefixtures("as_mergenet_1")
+def test_the_table_is_shown_and_written(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    markdown, numbers = tmp_path / "out" / "t.md", tmp_path / "out" / "t.csv"
+    options = ["--seeds", "3", "--output-dir", str(root), "--markdown", str(markdown), "--csv", str(numbers)]
+    cli.main(["table", "mergenet-1", *options])
+    shown = capsys.readouterr().out
+    for part in ("53.00 (+3.00)", "55.00 ± 2.83", "+3.00 [-1.97, +7.97]", "Ours on digits: 359 samples."):
+        assert part in shown
+    assert "| KD | top-1 (%) | 53.00 (+3.00) | 55.00 ± 2.83 | 3 | +3.00 [-1.97, +7.97] |" in markdown.read_text()
+    kd = list(csv.DictReader(numbers.open()))[1]
+    assert (kd["row"], float(kd["mean"]), float(kd["difference"]), kd["pairs"]) == ("KD", 55, 3, "3")
+
+
+@pytest.mark.usefixtures("as_mergenet_1")
+def test_only_what_is_missing_is_started_teachers_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["table", "mergenet-1", "--seeds", "4", "--output-dir", str(root), "--commands"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ["--variant digits_teacher" in line for line in lines] == [True, False, False]
+    assert [line.partition("--seeds ")[2] for line in lines] == ["", "3", "3"]
+    cli.main(["table", "mergenet-1", "--seeds", "3", "--output-dir", str(root), "--commands"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("as_mergenet_1")
+def test_a_budget_without_commands_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["table", "mergenet-1", "--budget", "gpu", "--output-dir", str(tmp_path)])
+    assert "No command for gpu, too large: alone; KD." in capsys.readouterr().out
+
+
+def test_students_of_a_teacher_that_failed_are_left_out(
+    made: tables.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, _ = runs.fill(made, "cpu", range(1), [], "--output-dir", str(tmp_path))
+    todo = show.starts(made, "cpu", lines, range(1), str(tmp_path))
+    monkeypatch.setattr(sys, "executable", "false")
+    said = show.run(todo, str(tmp_path), 1)
+    assert [text.partition(":")[0] for text in said] == ["Failed with status 1", "Left out", "Left out"]
+
+
+@pytest.mark.parametrize("options", [[], ["mergenet-1", "--seeds", "0"], ["mergenet-9"]])
+def test_bad_input(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["table", *options])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: table")
