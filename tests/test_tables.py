@@ -380,6 +380,14 @@ def test_only_what_is_missing_is_started_teachers_first(root: Path, capsys: pyte
     assert capsys.readouterr().out == ""
 
 
+def test_rows_that_share_a_run_start_it_once(made: tables.Table, tmp_path: Path) -> None:
+    kd = made.row("KD")
+    table = replace(made, rows=(*made.rows, replace(kd, label="KD again")))
+    lines, _ = runs.fill(table, "cpu", range(2), [], "--output-dir", str(tmp_path))
+    started = show.starts(table, "cpu", lines, range(2), str(tmp_path))
+    assert [start.seeds for start in started] == [(), (0, 1), (0, 1)]
+
+
 @pytest.mark.usefixtures("as_mergenet_1")
 def test_a_budget_without_commands_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["table", "mergenet-1", "--budget", "gpu", "--output-dir", str(tmp_path)])
