@@ -23,8 +23,10 @@ refuse() {
 [[ $# -gt 0 ]] || refuse "no launcher: give one, as in sbatch --nodes 1 slurm/train.sbatch launchers/cifar_mergenet.py."
 [[ -f slurm/unfinished.py ]] || refuse "$PWD is no checkout of hetero_kt: call sbatch in the checkout, or with --chdir."
 if [[ -n ${SETUP:-} ]]; then
+    set +u # what others have written may use unset variables
     # shellcheck disable=SC1090
-    source "$SETUP" || refuse "SETUP=$SETUP cannot be read: name a file of shell commands."
+    source "$SETUP" || refuse "SETUP=$SETUP cannot be read, or its last command failed."
+    set -u
 elif [[ -d .venv/bin ]]; then
     PATH=$PWD/.venv/bin:$PATH
 fi

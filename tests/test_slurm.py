@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -178,6 +179,35 @@ def test_an_array_runs_every_seed_with_every_arm(submit: Callable[..., tuple[int
     assert "--array=0-1" in outside[1]
 
 
+def test_unfinished_runs_are_those_that_the_launcher_would_still_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / "slurm" / "unfinished.py"))["main"]
+    command = (str(ROOT / LAUNCHER), "--variant", "digits", "--steps", "8", "--output-dir", str(tmp_path))
+    command += ("--compare", "none", "--seeds", "3", "5")
+
+    def left(*more: str) -> list[str]:
+        main(*command, *more)
+        return capsys.readouterr().out.splitlines()
+
+    runs = [tmp_path / "digits_mergenet" / arm / f"seed{seed}" for seed in (3, 5) for arm in ("transfer", "none")]
+    assert left() == [f"{run} 0" for run in runs]
+    for run in runs[:3]:
+        run.mkdir(parents=True)
+        (run / "result.json").write_text('{"steps": 4}')
+    (runs[3] / "checkpoints" / "6").mkdir(parents=True)
+    assert left("--max-steps", "4") == [f"{runs[3]} 0"], "not a complete checkpoint"
+    (runs[3] / "checkpoints" / "6" / "DONE").touch()
+    assert left("--max-steps", "4") == [f"{runs[3]} 6"]
+    assert left() == [*(f"{run} 0" for run in runs[:3]), f"{runs[3]} 6"], "these ended early"
+    for run in runs:
+        (run / "result.json").write_text('{"steps": 8}')
+    assert left("--resume", "never", "--resume", "auto") == []  # what a restart adds wins
+    for option in ("--print", "--plan"):
+        with pytest.raises(ValueError, match="without Slurm"):
+            main(*command, option)
+
+
 # --- a real Slurm ---
 
 CLUSTER = r"""
@@ -328,7 +358,7 @@ def slurm() -> Iterator[Cluster]:
 
 
 LAUNCHER = "launchers/cifar_mergenet.py"
-RUN = "cifar_mergenet_digits/transfer/seed0"
+RUN = "digits_mergenet/transfer/seed0"
 LONG = (
     *(LAUNCHER, "--variant", "digits", "--steps", "60", "--save-every", "5", "--log-every", "1", "--eval-every", "20"),
     *("--data.many.name", "generated", "--data.few.name", "generated", "--data.few.per-class", "3"),
