@@ -439,7 +439,7 @@ def test_a_killed_rank_ends_the_job_and_requeues_it(
     out = tmp_path / "out"
     job = slurm.submit(batch_file, out, *LONG, "--output-dir", str(tmp_path))
     wait_for_steps(tmp_path / RUN / "metrics.jsonl", 12)
-    ranks = slurm.run("pgrep", "--full", f"python[^ ]* -u .*{LAUNCHER}.*--output-dir {tmp_path}").split()
+    ranks = slurm.run("pgrep", "--full", f"^[^ ]*python[^ ]* -u {LAUNCHER} .*--output-dir {tmp_path}").split()
     slurm.run("kill", "-KILL", ranks[-1])
     assert slurm.wait(job) == "COMPLETED", out.read_text()
     assert slurm.job(job)["Restarts"] == "1", out.read_text()
