@@ -212,7 +212,9 @@ def test_a_pretrained_file_starts_a_vqa_model_with_its_decoder(tmp_path, name):
 
 
 def tensor_is_fresh(tensor: Tensor) -> bool:
-    return tensor.std().item() == pytest.approx(0.02, rel=0.1) if tensor.dim() > 1 else not tensor.any()
+    """As X-VLM begins it at a width of 64: BERT's 0.02 at 768, wider as the square root where it is narrower."""
+    spread = 0.02 * (768 / 64) ** 0.5
+    return tensor.std().item() == pytest.approx(spread, rel=0.1) if tensor.dim() > 1 else not tensor.any()
 
 
 def test_retrieval_starts_vqa_and_vqa_starts_retrieval(tmp_path):
