@@ -499,13 +499,18 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
 
     Fields that decide no number of a run (folders, and how often it logs, evaluates or saves) do not count.
     """
-    ours, theirs = _flat(dataclasses.asdict(a)), _flat(dataclasses.asdict(b))
+    ours, theirs = flat(a), flat(b)
     missing = object()
     return [
         path
         for path in dict.fromkeys((*ours, *theirs))
         if path.rpartition(".")[2] not in BOOKKEEPING and ours.get(path, missing) != theirs.get(path, missing)
     ]
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every field by its path, as on the command line without the dashes."""
+    return _flat(dataclasses.asdict(recipe))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

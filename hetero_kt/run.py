@@ -6,6 +6,7 @@ run(recipe, ...)       one run in its folder <output_dir>/<name>/<control>/seed<
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 import traceback
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 from hetero_kt import parts, plan, report
 from hetero_kt.checks import check
-from hetero_kt.config import Recipe
+from hetero_kt.config import Recipe, flat
 from hetero_kt.data import Loader, Unreadable
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks, StopSignal
@@ -53,7 +54,7 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
         if options.deterministic:
             launch.make_deterministic()
         runs_before(recipe, options, variants)  # a misspelt name ends here, not after the process group has met
-        ranks, stop = launch.start(), StopSignal()
+        ranks, stop = launch.start(agreed_on(recipe, options)), StopSignal()
         torch.autograd.set_detect_anomaly(options.debug)
     except ValueError as error:
         leave(error, alone=True)
@@ -73,6 +74,12 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
     dist.destroy_process_group()
     if finished and ranks.first:
         report.finish(Path(recipe.output_dir) / recipe.name)
+
+
+def agreed_on(recipe: Recipe, options: Options) -> dict[str, str]:
+    """What every rank has to be started with. Data may lie elsewhere on each node: what it holds is compared later."""
+    fields = {**flat(recipe), **dataclasses.asdict(options)}
+    return {f"--{path.replace('_', '-')}": str(value) for path, value in fields.items() if path != "data_dir"}
 
 
 class UserError(ValueError):

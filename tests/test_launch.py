@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from ranks import RankPool
 
+from hetero_kt import run as running
 from hetero_kt.data import workers
-from hetero_kt.distributed import launch
+from hetero_kt.distributed import launch, meeting
+from hetero_kt.options import Options
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,3 +269,109 @@ def test_two_ranks_debug_beside_a_stale_lock_and_without_a_compiler(tmp_path: Pa
     assert list((tmp_path / "runs").rglob("result.json"))
     assert sorted(extensions.rglob("*")) == before
     assert "step 4/4" in ended.stdout
+
+
+# --- ranks that do not fit together ---
+
+
+def refused(environments: list[dict[str, str]], same: list[dict[str, str]], gpus: list[str], seconds: float) -> str:
+    """What this rank is told at a meeting; empty where all is well."""
+    rank = int(os.environ["RANK"])
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    os.environ.update(environments[rank])
+    try:
+        meeting.meet(rank, len(same), gpus[rank], same[rank], seconds)
+    except ValueError as error:
+        return str(error)
+    finally:
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+    return ""
+
+
+def addresses(port: int | None = None) -> list[dict[str, str]]:
+    return [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or launch.free_port())}] * 2
+
+
+def test_ranks_that_agree_meet(pair: RankPool) -> None:
+    assert pair.run(refused, addresses(), [{"--seed": "1"}] * 2, ["GPU-1", "GPU-2"], 60.0) == ["", ""]
+    assert pair.run(refused, addresses(), [{}] * 2, ["", ""], 60.0) == ["", ""]
+
+
+def test_another_command_on_one_rank_is_named_on_all(pair: RankPool) -> None:
+    told = pair.run(refused, addresses(), [{"--seed": "1", "--debug": "True"}, {"--seed": "2"}], ["", ""], 60.0)
+    here = socket.gethostname()
+    assert (
+        told
+        == [
+            f"rank 1 on {here} has --seed 2, and the first rank 1: start all ranks with the same command and the same "
+            "environment."
+        ]
+        * 2
+    )
+
+
+def test_another_version_on_one_rank_is_named_on_all(pair: RankPool) -> None:
+    told = pair.run(with_another_torch, addresses())
+    assert told[0] == told[1]
+    assert re.match(r"rank 1 on \S+ has torch 1\.0, and the first rank \S+: start all ranks with the same", told[0])
+
+
+def with_another_torch(environments: list[dict[str, str]]) -> str:
+    rank = int(os.environ["RANK"])
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(meeting, "versions", lambda: {**VERSIONS, "torch": "1.0"})
+        return refused(environments, [{}, {}], ["", ""], 60.0)
+
+
+VERSIONS = meeting.versions()
+
+
+def test_two_ranks_on_one_gpu_are_named_on_both(pair: RankPool) -> None:
+    told = pair.run(refused, addresses(), [{}, {}], ["GPU-7", "GPU-7"], 60.0)
+    assert told[0] == told[1]
+    assert re.match(r"ranks 0 and 1 both have GPU GPU-7 of \S+: start one process per GPU, .*\.$", told[0])
+
+
+def test_a_rank_that_does_not_come_is_named_by_those_that_came(pair: RankPool) -> None:
+    begun = time.monotonic()
+    told = pair.run(refused_of_three, addresses())
+    assert told[0] == told[1]
+    assert re.match(r"of 3 ranks 1 did not come within 3 s \(rank 2\): see their logs, .*\.$", told[0])
+    assert time.monotonic() - begun < 30
+
+
+def refused_of_three(environments: list[dict[str, str]]) -> str:
+    return refused(environments, [{}] * 3, [""] * 3, 3.0)
+
+
+def test_a_missing_first_rank_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = launch.free_port()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with pytest.raises(
+        ValueError, match=rf"^rank 1 on \S+ has not reached the first rank at 127.0.0.1:{port} within 2 s: "
+    ):
+        meeting.meet(1, 2, "", {}, 2.0)
+
+
+def test_a_taken_port_is_one_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with pytest.raises(ValueError, match=rf"^the first rank cannot open port {port} of 127.0.0.1 .*MASTER_PORT"):
+            meeting.meet(0, 2, "", {}, 2.0)
+
+
+def test_what_ranks_agree_on_is_the_command_but_not_where_data_lie() -> None:
+    recipe = tiny.recipe(Path("runs"))
+    ours = running.agreed_on(recipe, Options())
+    changed = {
+        name
+        for name, value in running.agreed_on(
+            replace(recipe, data_dir="/node/local", seed=9), Options(debug=True)
+        ).items()
+        if ours[name] != value
+    }
+    assert changed == {"--seed", "--debug"}

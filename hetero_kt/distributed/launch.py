@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import re
 import signal
 import socket
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from hetero_kt.distributed import meeting
+
+_meeting_point: list[dist.TCPStore] = []
+"""Lives as long as the process: other ranks' stores are clients of the first one's."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +37,19 @@ class Ranks:
         return self.rank == 0
 
 
-def start() -> Ranks:
+def start(same: Mapping[str, str] | None = None) -> Ranks:
     """Join the process group and return this process's place in it.
 
     Looks for RANK (deepspeed, torchrun), then for a Slurm step, else starts a group of one. Nothing is compiled:
     DeepSpeed would build its shared-memory op on CPU at the first start, minutes behind a file lock that a killed
     start leaves behind for ever, so that op is switched off before anything can wait for it.
 
+    Args:
+        same: what has to be equal on all ranks, by the name that a user knows it by (`meeting.meet`).
+
     Raises:
-        ValueError: one sentence about an environment that names no meeting point, or too few GPUs.
+        ValueError: one sentence about an environment that names no meeting point, too few GPUs, or ranks that do not
+            come or do not fit together.
     """
     _fill_environment()
     cuda = torch.cuda.is_available()
@@ -62,6 +73,8 @@ def start() -> Ranks:
         here = ranks_here(otherwise=int(os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     if not dist.is_initialized():
+        rank, world = place()
+        _meeting_point.append(meeting.meet(rank, world, meeting.gpu_name(device), same or {}))
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
@@ -144,6 +157,8 @@ class StopSignal:
         self.received = 0
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._remember)
+        # Python gives signals their default back while it ends, and USR1's would end a finished run in error.
+        atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
 
     def _remember(self, number: int, frame: object) -> None:
         self.received = max(self.received, number)
