@@ -53,6 +53,8 @@ class Options:
     teacher: tuple[str, ...] = ()
     """Who teaches a distillation's student, one or several, in place of the recipe's: a run (its folder or
     `run:RECIPE`), a safetensors file, or a model's name for its published weights."""
+    patience: float = 180.0
+    """Seconds without a step after which a job of several ranks ends, naming the one that hangs; 0 waits for ever."""
     resume: str = "auto"
     """`auto` goes on from the run folder's last checkpoint, `never` starts anew, PATH goes on from it."""
     zero_config: str = ""

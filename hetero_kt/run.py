@@ -24,6 +24,7 @@ from hetero_kt.checks import check
 from hetero_kt.config import Recipe, flat
 from hetero_kt.data import Loader, Unreadable
 from hetero_kt.distributed import launch
+from hetero_kt.distributed.heartbeat import Heartbeat
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.folder import (
     check_same_data,
@@ -64,7 +65,10 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
         with _agreed(ranks):  # hours of a teacher's training before a complaint about its student would be unkind
             for one in {one.method.arm: one for one, _ in wanted}.values():
                 parts.check_pairs(one, {made.name for made, _ in teachers})
-        finished = all(run(one, how, ranks, stop) for one, how in (*teachers, *wanted))
+        with Heartbeat(ranks, options.patience) as pulse:
+            finished = all(run(one, how, ranks, stop, pulse) for one, how in (*teachers, *wanted))
+            pulse.long("leaving")
+            dist.barrier()
     except (UserError, Diverged) as error:
         # All ranks are here. After an error of one rank only, leaving the group would wait for the others.
         dist.destroy_process_group()
@@ -86,13 +90,15 @@ class UserError(ValueError):
     """Wrong input, said in one sentence."""
 
 
-def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> bool:
+def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal, pulse: Heartbeat | None = None) -> bool:
     """One run, from its newest checkpoint on if there is one; False when a signal stopped it. Collective.
 
     Raises:
         UserError: the recipe, its data or the run folder does not fit; raised on all ranks before any engine starts.
         Diverged: proposals were not finite five times in a row; a checkpoint has been written.
     """
+    pulse = pulse or Heartbeat(ranks, patience=0)
+    pulse.long("preparing the run")
     folder = run_folder(recipe)
     last = min(recipe.steps, options.max_steps or recipe.steps)
     started = time.perf_counter()
@@ -136,6 +142,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal) -> boo
         stop,
         last=last,
     )
+    trainer.pulse = pulse
     trainer.write_model = partial(parts.write_model, recipe, train)
     trainer.measured = lambda: {k: v for loader in train.values() for k, v in loader.throughput().items()}
     try:

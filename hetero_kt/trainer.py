@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hetero_kt.config import Recipe
 from hetero_kt.distributed import checkpoint, params
+from hetero_kt.distributed.heartbeat import Heartbeat
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import averaged_buffers
 from hetero_kt.methods import Diverged, Method
@@ -62,6 +63,7 @@ class Trainer:
         self.after_step: Callable[[], None] = lambda: None
         self.measured: Callable[[], Mapping[str, float]] = dict
         self.write_model = write_safetensors
+        self.pulse = Heartbeat(ranks, patience=0)
         self.checkpoints = folder / "checkpoints"
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
@@ -122,6 +124,7 @@ class Trainer:
     def _one_step(self) -> None:
         scalars = self.method.step(self.step, self.batches(self.step))
         self.step += 1
+        self.pulse.beat()
         self.log.add(self.step, scalars)
         self.after_step()
 
@@ -134,6 +137,7 @@ class Trainer:
 
     def evaluate_all(self) -> None:
         """Every model's metrics, with BatchNorm statistics averaged over ranks for the while."""
+        self.pulse.long("evaluating")
         self.metrics = {}
         for name, view, engine in self._views():
             self.metrics[view] = self.evaluate(name, engine)
@@ -152,6 +156,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this step. Collective."""
+        self.pulse.long("saving")
         learners = self.method.learners
         shared = {
             "method": self.method.state_dict(),
@@ -163,6 +168,7 @@ class Trainer:
     def export(self) -> None:
         """Every model alone, as plain safetensors: teachers, adapters and connectors gone, factors multiplied out.
         Collective."""
+        self.pulse.long("exporting")
         for name, view, engine in self._views():
             state = params.state_dict(engine)
             if self.ranks.first:
