@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -403,12 +404,20 @@ def real(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @real
-@pytest.mark.parametrize("batch_file", ["train", "deepspeed_train"])
-def test_two_nodes_run_a_launcher(slurm: Cluster, tmp_path: Path, batch_file: str) -> None:
+@pytest.mark.parametrize(
+    ("batch_file", "launcher", "run"),
+    [
+        ("train", LAUNCHER, "cifar_mergenet_debug/transfer"),
+        ("deepspeed_train", LAUNCHER, "cifar_mergenet_debug/transfer"),
+        ("train", "launchers/cifar_fbt.py", "cifar_fbt_debug/fbt"),
+        ("deepspeed_train", "launchers/xvlm_vqa.py", "xvlm_vqa_debug/transfer"),
+    ],
+)
+def test_two_nodes_run_a_launcher(slurm: Cluster, tmp_path: Path, batch_file: str, launcher: str, run: str) -> None:
     out = tmp_path / "out"
-    job = slurm.submit(batch_file, out, LAUNCHER, "--debug", "--output-dir", str(tmp_path))
+    job = slurm.submit(batch_file, out, launcher, "--debug", "--output-dir", str(tmp_path))
     assert slurm.wait(job) == "COMPLETED", out.read_text()
-    result = json.loads((tmp_path / "cifar_mergenet_debug/transfer/seed0/result.json").read_text())
+    result = json.loads((tmp_path / run / "seed0" / "result.json").read_text())
     assert result["world_size"] == 2
     assert "2 ranks on node1 node2" in out.read_text()
     assert slurm.job(job)["Restarts"] == "0"
@@ -447,6 +456,22 @@ def test_a_killed_rank_ends_the_job_and_requeues_it(
 
 
 @real
+@pytest.mark.parametrize("batch_file", ["train", "deepspeed_train"])
+def test_a_hung_rank_is_named_and_its_job_requeued(
+    slurm: Cluster, uninterrupted: Path, tmp_path: Path, batch_file: str
+) -> None:
+    out = tmp_path / "out"
+    job = slurm.submit(batch_file, out, *LONG, "--patience", "10", "--output-dir", str(tmp_path))
+    wait_for_steps(tmp_path / RUN / "metrics.jsonl", 12)
+    ranks = slurm.run("pgrep", "--full", f"^[^ ]*python[^ ]* -u {LAUNCHER} .*--output-dir {tmp_path}").split()
+    slurm.run("kill", "-STOP", ranks[-1])
+    assert slurm.wait(job) == "COMPLETED", out.read_text()
+    assert slurm.job(job)["Restarts"] == "1", out.read_text()
+    assert re.search(r"error: rank \d: rank \d.* has not been heard of for 1\d s", out.read_text()), out.read_text()
+    assert_same_weights(tmp_path / RUN, uninterrupted)
+
+
+@real
 def test_a_cancelled_job_stays_cancelled(slurm: Cluster, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = slurm.submit("train", out, *LONG, "--output-dir", str(tmp_path))
@@ -467,3 +492,62 @@ def test_an_array_is_a_job_for_every_seed_and_arm(slurm: Cluster, tmp_path: Path
         assert slurm.wait(f"{job}_{task}") == "COMPLETED", (tmp_path / f"out.{task}").read_text()
     for seed in (0, 3):
         assert (tmp_path / f"cifar_mergenet_debug/none/seed{seed}/result.json").exists()
+
+
+# --- two hosts, without Slurm ---
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a cable between them: 10.97.0.1 and 10.97.0.2."""
+    if os.geteuid() or not shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
+        pytest.skip("no network namespaces here: root makes them, with iproute2")
+    names = (f"hk{os.getpid()}a", f"hk{os.getpid()}b")
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"})
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.97.0.{number}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                ip("-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"})
+
+
+@real
+def test_two_hosts_whose_cable_is_cut_both_end_in_time_and_say_so(hosts: tuple[str, str], tmp_path: Path) -> None:
+    shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "10.97.0.1"}
+    shared |= {
+        "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": "cable",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-u", *LONG, "--steps", "5000", "--patience", "8", "--output-dir", str(tmp_path)]
+    logs = [tmp_path / f"rank{rank}.log" for rank in (0, 1)]
+    ranks = []
+    for rank, (host, log) in enumerate(zip(hosts, logs, strict=True)):
+        with log.open("w") as file:
+            environment = os.environ | shared | {"RANK": str(rank)}
+            enter = ["/sbin/ip", "netns", "exec", host]
+            ranks.append(subprocess.Popen([*enter, *command], cwd=ROOT, env=environment, stdout=file, stderr=file))
+    try:
+        wait_for_steps(tmp_path / RUN / "metrics.jsonl", 12)
+        subprocess.run(["/sbin/ip", "-n", hosts[1], "link", "set", "cable", "down"], check=True)
+        cut = time.monotonic()
+        for process in ranks:
+            assert process.wait(60), "a run that was cut off ends in error"
+        assert time.monotonic() - cut < 45
+    finally:
+        for process in ranks:
+            process.kill()
+    first, second = (log.read_text() for log in logs)
+    assert re.search(r"^error: rank 0: rank 1 \(\S+\) has not been heard of for 8 s", first, re.MULTILINE), first
+    assert re.search(r"^error: rank 1: (rank 0 has not been|the first rank has ended)", second, re.MULTILINE), second
