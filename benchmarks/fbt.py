@@ -25,8 +25,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from hetero_kt import config, models, plan
+from hetero_kt import config, models
 from hetero_kt.config import Model, Optim, Schedule, Teacher
+from hetero_kt.cost import additions
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.learner import Learner, build_learner
 from hetero_kt.methods import distill
@@ -156,7 +157,7 @@ def measure(bench: Bench, pair: str, ranks: launch.Ranks) -> dict[str, Any]:
                 peaks[arm] = torch.cuda.max_memory_allocated()
             if turn:  # the first one allocates
                 seconds[arm].append(time.perf_counter() - started)
-    added = plan.additions(stages, teacher.stages, config.FBT(), CLASSES)
+    added = additions(stages, teacher.stages, config.FBT(), CLASSES)
     for each in learners:
         each.engine.destroy()
     return {

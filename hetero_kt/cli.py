@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_sites)
 
     command = commands.add_parser("plan", help="print what a launcher's run would cost, without running it")
-    command.add_argument("--ranks", type=int, default=1, help="processes to plan for (1); name it before the launcher")
+    command.add_argument("--gpus", type=int, default=1, help="of each node (1); name options before the launcher")
+    command.add_argument("--nodes", type=int, default=1, help="to plan for (1)")
+    command.add_argument("--memory", type=float, default=0.0, help="GiB of a GPU that it has to fit into (this one's)")
     command.add_argument("launcher", metavar="LAUNCHER", help="launchers/cifar_mergenet.py, ...")
     command.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="the launcher's own options")
     command.set_defaults(command=_plan)
@@ -163,10 +165,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not launcher.is_file():
         near = ", ".join(map(str, sorted(Path("launchers").glob("*.py")))) or "a launcher's path"
         raise ValueError(f"plan: {launcher} does not exist: use {near}.")
-    if arguments.ranks < 1:
-        raise ValueError(f"plan: --ranks {arguments.ranks} is no number of processes: use 1 or more.")
-    first_of_many = os.environ | {"RANK": "0", "WORLD_SIZE": str(arguments.ranks)}
-    command = [sys.executable, str(launcher), *arguments.options, "--plan"]
+    if arguments.gpus < 1 or arguments.nodes < 1 or arguments.memory < 0:
+        raise ValueError("plan: --gpus and --nodes are counts from 1 on, --memory is in GiB.")
+    first_of_many = os.environ | {"RANK": "0", "WORLD_SIZE": str(arguments.gpus * arguments.nodes)}
+    fits = ["--gpu-memory", str(arguments.memory)] if arguments.memory else []
+    command = [sys.executable, str(launcher), *arguments.options, "--plan", *fits]
     return subprocess.run(command, check=False, env=first_of_many).returncode
 
 

@@ -42,6 +42,8 @@ class Options:
     """Print the resolved recipe and stop."""
     plan: bool = False
     """Print memory per rank, bytes per step and parameters, and stop."""
+    gpu_memory: float = 0.0
+    """GiB that `--plan` compares with; 0 takes this machine's GPU, if there is one."""
     deterministic: bool = False
     """Only algorithms that give the same bits again; slower on a GPU, and an operation that has none ends the run."""
     profile: bool = False

@@ -50,7 +50,7 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
         if options.plan:
             rank, world = launch.place()
             if rank == 0:
-                plan.show(recipe, world)
+                plan.show(recipe, world, options.gpu_memory)
             return
         if options.deterministic:
             launch.make_deterministic()

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from hetero_kt import config, models, plan
+from hetero_kt import config, models
 from hetero_kt.config import Data, Distill, Model, Recipe, Teacher
+from hetero_kt.cost import connection
 from hetero_kt.methods.fbt import FBT, connect
 from hetero_kt.models.teacher import Frozen
 from hetero_kt.nn import fused, losses
@@ -40,7 +41,7 @@ def test_parameters_and_macs_are_those_of_table_6(pair: tuple[str, str]) -> None
         Distill({"teacher": Teacher(teacher)}),
         steps=1,
     )
-    found = plan.connection(recipe, "teacher", models.build(student, 100, image_size=224))
+    found = connection(recipe, "teacher", models.build(student, 100, image_size=224))
     assert found.parameters / 1e6 == pytest.approx(millions, rel=0.02)
     assert round(found.macs / 1e9, 2) == billions
     assert found.way == way

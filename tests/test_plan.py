@@ -14,6 +14,7 @@ from test_launchers import LAUNCHERS, load
 from hetero_kt import data, models, parts, plan
 from hetero_kt import run as running
 from hetero_kt.config import FBT, Data, Distill, FitNet, MergeNet, Model, Optim, Recipe, Teacher, Transfer
+from hetero_kt.cost import additions, aside_cost, connection, model_cost, transfer_cost
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.launch import Ranks
@@ -26,7 +27,7 @@ PICTURES = Data("generated", image_size=224)
 
 def test_parameters_and_macs_of_resnet18_are_the_published_ones() -> None:
     module = models.build("timm:resnet18", 1000, image_size=224)
-    cost = plan.model_cost(module, Model("timm:resnet18", "d"), PICTURES, world=1)
+    cost = model_cost(module, Model("timm:resnet18", "d"), PICTURES, world=1)
     assert cost.parameters == 11_689_512
     assert cost.macs / 1e9 == pytest.approx(1.814, abs=0.01)
 
@@ -37,7 +38,7 @@ def test_parameters_and_macs_of_resnet18_are_the_published_ones() -> None:
 def test_macs_are_those_of_linear_and_convolution_layers(name: str, billions: float) -> None:
     """By hand: every linear layer at every token. The products of attention are not among them."""
     module = models.build(f"timm:{name}", 1000, image_size=224)
-    cost = plan.model_cost(module, Model(f"timm:{name}", "d"), PICTURES, world=1)
+    cost = model_cost(module, Model(f"timm:{name}", "d"), PICTURES, world=1)
     if name.startswith("vit"):
         width = 384
         assert cost.macs == 196 * 3 * 16 * 16 * width + 12 * 197 * 12 * width**2 + width * 1000
@@ -54,9 +55,9 @@ def test_zero_stages_divide_what_they_should(
     """Bytes per parameter on one of four ranks: SGD with momentum keeps a master copy and one moment."""
     module = models.build("cifar:resnet_tiny", 10)
     model = Model("cifar:resnet_tiny", "d", optim=Optim(name="sgd"), zero=f"ds_configs/zero{stage}.json")
-    cost = plan.model_cost(module, model, Data("generated"), world=4)
+    cost = model_cost(module, model, Data("generated"), world=4)
     assert cost.average_bytes == 0
-    averaged = plan.model_cost(module, replace(model, ema=0.9, precision="bf16"), Data("generated"), world=4)
+    averaged = model_cost(module, replace(model, ema=0.9, precision="bf16"), Data("generated"), world=4)
     assert averaged.average_bytes == 4 * cost.parameters // (4 if stage else 1)
     count = cost.parameters
     got = [cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes, cost.sent_bytes]
@@ -100,7 +101,7 @@ def measured_bytes(mode: Any) -> tuple[int, int]:
 def test_a_transfer_gathers_the_planned_bytes(ranks: Any, mode: Any) -> None:
     one = recipe(mode)
     plain = {name: models.build(m.name, 100) for name, m in one.models.items()}
-    cost = plan.transfer_cost(one, "t", plain)
+    cost = transfer_cost(one, "t", plain)
     before, after = ranks(2).run(measured_bytes, mode)[0]
     assert (before, after) == (cost.gathered_before, cost.gathered_after)
 
@@ -163,12 +164,12 @@ def test_what_is_trained_aside_costs_gradients_and_moments_and_has_no_average(ob
     assert isinstance(one.method, Distill)
     ours = staged("cifar:resnet_tiny")
     teachers = {name: staged(teacher.name) for name, teacher in one.method.teachers.items()}
-    found = plan.aside_cost(one, ours, teachers, world=4)
+    found = aside_cost(one, ours, teachers, world=4)
     if objective == "kd":
         assert found is None
         return
     assert found is not None
-    each = [plan.additions(ours, theirs, one.method.fbt, GENERATED) for theirs in teachers.values()]
+    each = [additions(ours, theirs, one.method.fbt, GENERATED) for theirs in teachers.values()]
     count = {
         "fbt": sum(connection.parameters for connection in each),
         "ofa": max(connection.branches for connection in each),
@@ -201,7 +202,7 @@ def test_a_plan_of_a_pair_that_cannot_be_fused_names_the_option() -> None:
         steps=1,
     )
     with pytest.raises(ValueError, match=r"^--method.teachers.t.name: VGG cannot be split into stages"):
-        plan.connection(one, "t", models.build("cifar:resnet_tiny", 100))
+        connection(one, "t", models.build("cifar:resnet_tiny", 100))
 
 
 def test_local_rank_of_the_deepspeed_command_is_dropped() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hetero_kt import checks, cli, data, options, parts, plan
 from hetero_kt.config import XVLM, Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer, Transform
+from hetero_kt.cost import macs_of, sample
 from hetero_kt.data import world
 from hetero_kt.debug import shrink
 from hetero_kt.distributed import params
@@ -419,10 +420,10 @@ def test_a_plan_counts_the_whole_forward(tmp_path: Path, name: str, capsys: pyte
     plan.show(made, 2)
     printed = capsys.readouterr().out
     assert "v2t" in printed
-    inputs, more = plan._sample(made.data[name])
-    assert plan._macs(model_of(name), *inputs, **more) > 1e6
+    inputs, more = sample(made.data[name])
+    assert macs_of(model_of(name), *inputs, **more) > 1e6
     if name == "vqa":
-        assert plan._macs(model_of(name), *inputs, **more) > plan._macs(model_of(name), *inputs), "the decoder counts"
+        assert macs_of(model_of(name), *inputs, **more) > macs_of(model_of(name), *inputs), "the decoder counts"
 
 
 def test_an_average_can_be_exported_and_asked(ranks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

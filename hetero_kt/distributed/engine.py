@@ -13,6 +13,16 @@ from torch import nn
 
 from hetero_kt.config import Optim, Schedule
 
+LARGEST_BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once unless the ZeRO block says otherwise."""
+
+
+def bucket_size(model: nn.Module) -> int:
+    """Elements of the buffer in which gradients are reduced. DeepSpeed allocates all of it, 2 GB by default, for every
+    engine, however small the model."""
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return min(LARGEST_BUCKET, max(trained, 1))
+
 
 def build_engine(
     model: nn.Module,
@@ -42,7 +52,7 @@ def build_engine(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip,
-        "zero_optimization": zero,
+        "zero_optimization": {"reduce_bucket_size": bucket_size(model), **zero},
         "zero_allow_untested_optimizer": True,
         # Else optimizer states offloaded to the CPU would take DeepSpeed's own Adam, which has to be compiled.
         "zero_force_ds_cpu_optimizer": False,
