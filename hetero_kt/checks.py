@@ -324,6 +324,10 @@ def _check_transfer(option: str, transfer: Transfer, models: Mapping[str, Model]
     _check_rates(option, transfer.optim, transfer.schedule)
     _at_least(f"{option}.adapter.layers", transfer.adapter.layers, 1)
     _at_least(f"{option}.adapter.heads", transfer.adapter.heads, 1)
+    if transfer.adapter.output == "mix" and transfer.adapter.input != "raw":
+        raise ValueError(
+            f"{option}.adapter.output mix keeps the source's own scale: use {option}.adapter.input raw with it."
+        )
     if not -1 < transfer.adapter.first_gate() < 1:
         raise ValueError(
             f"{option}.adapter.gate {transfer.adapter.gate} is outside what a tanh reaches: "

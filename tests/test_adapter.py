@@ -290,6 +290,22 @@ def test_an_open_gate_keeps_row_means_and_scales(kind):
     torch.testing.assert_close(proposal.std(1, correction=0), target.std(1, correction=0), rtol=1e-3, atol=1e-6)
 
 
+def test_an_aligned_mix_of_equal_shapes_is_drawn_to_the_source_itself():
+    """T + g (S - T), again and again: what is left of the target after k times is (1 - g)^k."""
+    adapter = built(source=(5, 12), kind="aligned", input="raw", output="mix", gate=0.25)
+    target, source = matrices(source=(5, 12))
+    torch.testing.assert_close(adapter(target, source), 0.75 * target + 0.25 * source)
+    drawn = target
+    for _ in range(6):
+        drawn = adapter(drawn, source)
+    torch.testing.assert_close(drawn, source + 0.75**6 * (target - source))
+
+
+def test_a_mix_of_standardised_matrices_is_refused():
+    with pytest.raises(ValueError, match=r"^adapter\.output mix .* choose both\.$"):
+        built(output="mix")
+
+
 def test_output_layernorm_overwrites_and_has_no_gate():
     adapter = built(output="layernorm")
     assert adapter.gate_value().item() == 1
@@ -332,11 +348,12 @@ def test_constant_matrices_stay_finite_in_both_directions(constant):
     M=st.integers(1, 6),
     kind=st.sampled_from(["lpka", "mlp"]),
     width=st.sampled_from(["compact", "published"]),
-    output=st.sampled_from(["restore", "layernorm"]),
+    output=st.sampled_from(["restore", "mix", "layernorm"]),
     joint=st.booleans(),
 )
 def test_any_source_shape_gives_the_targets_shape(n, m, N, M, kind, width, output, joint):
-    adapter = built((n, m), (N, M), kind=kind, width=width, output=output, joint=joint)
+    scale = "raw" if output == "mix" else "standardise"
+    adapter = built((n, m), (N, M), kind=kind, width=width, input=scale, output=output, joint=joint)
     proposal = adapter(*matrices((n, m), (N, M)))
     assert proposal.shape == (n, m)
     assert proposal.isfinite().all()

@@ -53,9 +53,10 @@ class AdapterConfig:
     input: Literal["standardise", "raw"] = "standardise"
     """Give source and target zero mean and unit variance first: raw weights (std about 0.02) leave the
     attention uniform and the proposal blind to the source."""
-    output: Literal["restore", "layernorm"] = "restore"
-    """`restore`: the target's own row means and scales, mixed in by a learned gate; `layernorm`: the last
-    stream itself overwrites the target, as published (LPKA's ends in a LayerNorm, other kinds' is raw)."""
+    output: Literal["restore", "mix", "layernorm"] = "restore"
+    """`restore`: the target's own row means and scales, mixed in by a learned gate; `mix`: the last stream as it is,
+    mixed in by that gate, which draws the target towards the source's own values; `layernorm`: the last stream
+    overwrites the target, as published (LPKA's ends in a LayerNorm, other kinds' is raw)."""
     gate: float | Literal["auto"] = "auto"
     """Where the learned mixing weight of `restore` starts: 0 proposes a pretrained target unchanged, 0.12 lets the
     source take part from the start; `auto` is 0 for a recipe's pretrained targets and 0.12 for others."""
@@ -103,7 +104,10 @@ class Aligned(nn.Module):
                 "choose other weights, mode 'full', or adapter.kind 'lpka'."
             )
         self.map = nn.Linear(M, m, bias=False) if self.by_row else nn.Linear(N, n, bias=False)
-        nn.init.orthogonal_(self.map.weight)
+        if self.map.in_features == self.map.out_features:  # the other axis may well mean the same, too
+            nn.init.eye_(self.map.weight)
+        else:
+            nn.init.orthogonal_(self.map.weight)
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
         return self.map(source_NM) if self.by_row else self.map(source_NM.T).T
@@ -233,15 +237,15 @@ class Adapter(nn.Module):
 
     With `restore`, the last stream is brought to the target's own row means and standard deviations (G), and
     proposal = target + g (G - target), g = tanh(GATE_SLOPE x a learned number): at g = 0 the proposal is the target
-    to the bit, and g itself still receives a gradient.
+    to the bit, and g itself still receives a gradient. With `mix`, G is the last stream as it is.
     """
 
     def __init__(self, config: AdapterConfig, body: nn.Module):
         super().__init__()
         self.config = config
         self.body = body
-        restore = config.output == "restore"
-        self.gate = nn.Parameter(torch.tensor(math.atanh(config.first_gate()) / GATE_SLOPE)) if restore else None
+        gated = config.output != "layernorm"
+        self.gate = nn.Parameter(torch.tensor(math.atanh(config.first_gate()) / GATE_SLOPE)) if gated else None
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
         dtype = next(self.body.parameters()).dtype
@@ -253,9 +257,10 @@ class Adapter(nn.Module):
                 stream_nm = self.body(standardise(target_nm), standardise(source_NM))
             if self.gate is None:
                 return stream_nm
-            std_n1, mean_n1 = torch.std_mean(target_nm.detach(), 1, correction=0, keepdim=True)
-            restored_nm = standardise(stream_nm, dim=1) * std_n1 + mean_n1
-            return target_nm + (GATE_SLOPE * self.gate).tanh() * (restored_nm - target_nm)
+            if self.config.output == "restore":
+                std_n1, mean_n1 = torch.std_mean(target_nm.detach(), 1, correction=0, keepdim=True)
+                stream_nm = standardise(stream_nm, dim=1) * std_n1 + mean_n1
+            return target_nm + (GATE_SLOPE * self.gate).tanh() * (stream_nm - target_nm)
 
     def omega(self) -> list[Tensor]:
         """omega of every layer's update of the target, detached, each (4,) in the order of `UNFOLDINGS`.
@@ -301,8 +306,11 @@ def build_adapter(
     `rows_align` is False where rows are components of a factorisation: `aligned` then goes by column only.
 
     Raises ValueError where the configuration cannot be built: layers or heads below 1, more heads than inner
-    width, a gate outside (-1, 1), a dropout outside [0, 1), kind `aligned` without equal rows or columns.
+    width, a gate outside (-1, 1), a dropout outside [0, 1), kind `aligned` without equal rows or columns, output
+    `mix` of standardised matrices.
     """
+    if config.output == "mix" and config.input != "raw":
+        raise ValueError("adapter.output mix keeps the source's own scale, which adapter.input raw has: choose both.")
     for option, count in (("layers", config.layers), ("heads", config.heads)):
         if count < 1:
             raise ValueError(f"adapter.{option} is {count}: choose 1 or more.")

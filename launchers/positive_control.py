@@ -1,0 +1,63 @@
+"""Where knowledge has to move if anything does: a source that has seen all of CIFAR-100, a target that has seen 5 % of it,
+the same classes; from a setting that cannot fail to the paper's own, one change at a time.
+
+Run it:   python launchers/positive_control.py --variant layers --compare none noise shuffled --seeds 0 1 2
+Variants: layers (same model; every matrix is drawn to the source's own), classifier (the last matrix alone), width (the
+          same into another model, through a learned map), attention (the paper's adapter between those classifiers),
+          convolution (the paper's kind of target: from a classifier into a convolution).
+Hardware: two CPU cores, about three minutes a run.
+Expected: `layers` ends far above `none`; how far down the list that holds is what this launcher is there to show.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
+from hetero_kt.nn.adapter import AdapterConfig
+from hetero_kt.run import main
+
+CLASSIFIER = "fc.weight"
+MATRICES = (
+    "conv1.weight",
+    *(f"layer{stage}.0.conv{k}.weight" for stage in (1, 2, 3, 4) for k in (1, 2)),
+    *(f"layer{stage}.0.downsample.0.weight" for stage in (2, 3, 4)),
+    CLASSIFIER,
+)
+ADAMW = Optim("adamw", lr=2e-3, weight_decay=1e-2)
+MIX = Transfer(
+    "source:", "target:", 1, "full", adapter=AdapterConfig("aligned", input="raw", output="mix"), update="exact"
+)
+MAP = replace(MIX, adapter=AdapterConfig("aligned"))
+ATTENTION = replace(MIX, adapter=AdapterConfig("lpka"))
+
+
+def recipe(
+    name: str, target: str, weights: tuple[str, ...], transfer: Transfer, control: Control = "transfer"
+) -> Recipe:
+    """`transfer` from each of `weights`, or from the source's classifier, into that weight of the target."""
+    models = {
+        "source": Model("cifar:resnet_tiny", "all", optim=ADAMW, schedule=Schedule("cosine")),
+        "target": Model(target, "few", optim=ADAMW, schedule=Schedule("cosine")),
+    }
+    everything = Data(batch=64, augment=("crop", "flip"))
+    data = {"all": everything, "few": replace(everything, per_class=25)}
+    same = transfer is MIX
+    transfers = {
+        weight.removesuffix(".weight").replace(".", "_"): replace(
+            transfer, source=f"source:{weight if same else CLASSIFIER}", target=f"target:{weight}"
+        )
+        for weight in weights
+    }
+    return Recipe(f"positive_control_{name}", models, data, MergeNet(transfers), steps=1500, eval_every=500)
+
+
+VARIANTS = {
+    "layers": partial(recipe, "layers", "cifar:resnet_tiny", MATRICES, MIX),
+    "classifier": partial(recipe, "classifier", "cifar:resnet_tiny", (CLASSIFIER,), MIX),
+    "width": partial(recipe, "width", "cifar:mobilenetv2_tiny", ("classifier.weight",), MAP),
+    "attention": partial(recipe, "attention", "cifar:mobilenetv2_tiny", ("classifier.weight",), ATTENTION),
+    "convolution": partial(recipe, "convolution", "cifar:mobilenetv2_tiny", ("blocks.2.1.conv_pwl.weight",), ATTENTION),
+}
+
+if __name__ == "__main__":
+    main(VARIANTS)
