@@ -28,7 +28,7 @@ from hetero_kt.distributed.launch import Ranks
 from hetero_kt.folder import run_folder
 from hetero_kt.options import Options
 from hetero_kt.parts import Prepared
-from hetero_kt.report import read_metrics
+from hetero_kt.report.history import history as read_metrics
 from hetero_kt.tasks.classification import evaluate
 
 STEPS = 4

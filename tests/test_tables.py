@@ -16,7 +16,10 @@ import pytest
 from hetero_kt import cli, tables
 from hetero_kt.config import Distill, Recipe, differences, to_yaml
 from hetero_kt.folder import run_folder
-from hetero_kt.tables import runs, show
+from hetero_kt.report import runs as folders
+from hetero_kt.report import text as forms
+from hetero_kt.report.comparison import Cell
+from hetero_kt.tables import runs, show, start
 
 NAMES = tables.names()
 resolved = cache(tables.resolved)
@@ -226,7 +229,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def filled(table: tables.Table, *roots: Path, seeds: int = 3) -> tuple[dict[str, runs.Line], list[str]]:
-    lines, notes = runs.fill(table, "cpu", range(seeds), runs.find(roots), "--output-dir", str(roots[0]))
+    lines, notes = runs.fill(table, "cpu", range(seeds), folders.find(roots), "--output-dir", str(roots[0]))
     return {line.row.label: line for line in lines}, notes
 
 
@@ -252,8 +255,11 @@ def test_other_seeds_are_left_alone(made: tables.Table, root: Path) -> None:
 def test_what_has_not_run_is_empty(made: tables.Table, tmp_path: Path) -> None:
     lines, notes = filled(made, tmp_path / "nothing")
     assert notes == []
-    assert all(cell == runs.Cell(None, None) for line in lines.values() for cell in line.cells.values())
-    assert list(show.entries(made, list(lines.values())))[1] == ("KD", "top-1 (%)", "53.00 (+3.00)", "", "", "")
+    assert all((cell.ours, cell.difference) == (None, None) for line in lines.values() for cell in line.cells.values())
+    assert lines["KD"].cells["top1"] == Cell(published=53, published_difference=3)
+    assert "| KD | top-1 (%) | 53.00 (+3.00) |  |  |  |" in forms.markdown(
+        [show.sheet(made, "cpu", list(lines.values()))]
+    )
 
 
 def test_a_run_of_another_recipe_stays_apart(made: tables.Table, root: Path) -> None:
@@ -281,10 +287,10 @@ def test_a_folder_named_twice_counts_once(made: tables.Table, root: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("result.json", '{"recipe": "digits_distill", "cont', "has a result that cannot be read"),
-        ("result.json", '{"recipe": "digits_distill"}', "has a result that cannot be read"),
+        ("result.json", '{"recipe": "digits_distill", "cont', "has a result.json that cannot be read"),
+        ("result.json", '{"recipe": "digits_distill"}', "has a result.json that cannot be read"),
         ("result.json", None, "is not finished"),
-        ("data.json", "{", "has a result that cannot be read"),
+        ("data.json", "{", "has a data.json that cannot be read"),
         ("recipe.yaml", None, "has no recipe.yaml"),
         ("recipe.yaml", "name: [", "has a recipe.yaml that cannot be read"),
     ],
@@ -384,8 +390,8 @@ def test_rows_that_share_a_run_start_it_once(made: tables.Table, tmp_path: Path)
     kd = made.row("KD")
     table = replace(made, rows=(*made.rows, replace(kd, label="KD again")))
     lines, _ = runs.fill(table, "cpu", range(2), [], "--output-dir", str(tmp_path))
-    started = show.starts(table, "cpu", lines, range(2), str(tmp_path))
-    assert [start.seeds for start in started] == [(), (0, 1), (0, 1)]
+    started = start.starts(table, "cpu", lines, range(2), str(tmp_path))
+    assert [one.seeds for one in started] == [(), (0, 1), (0, 1)]
 
 
 @pytest.mark.usefixtures("as_mergenet_1")
@@ -398,9 +404,9 @@ def test_students_of_a_teacher_that_failed_are_left_out(
     made: tables.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines, _ = runs.fill(made, "cpu", range(1), [], "--output-dir", str(tmp_path))
-    todo = show.starts(made, "cpu", lines, range(1), str(tmp_path))
+    todo = start.starts(made, "cpu", lines, range(1), str(tmp_path))
     monkeypatch.setattr(sys, "executable", "false")
-    said = show.run(todo, str(tmp_path), 1)
+    said = start.run(todo, str(tmp_path), 1)
     assert [text.partition(":")[0] for text in said] == ["Failed with status 1", "Left out", "Left out"]
 
 
