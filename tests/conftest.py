@@ -40,12 +40,15 @@ def data_folder() -> Path | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why."""
     import torch
+    from browser import chromium
 
     for item in items:
         if item.get_closest_marker("data") and data_folder() is None:
             item.add_marker(pytest.mark.skip(reason="no data folder: set HETERO_KT_DATA"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("browser") and not chromium():
+            item.add_marker(pytest.mark.skip(reason="no Chromium: apt-get install chromium"))
 
 
 _skipped: list[str] = []

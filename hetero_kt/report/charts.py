@@ -18,7 +18,7 @@ from hetero_kt.report.text import difference, interval
 
 WIDTH, HEIGHT = 360, 230
 """Of one chart, in units of its own: as wide as a narrow screen, so that its text keeps a readable size."""
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 34
 """Margins."""
 SERIES = 8
 """Styles of lines that the page has."""
@@ -60,7 +60,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 def _number(value: float) -> str:
     if abs(value) >= 1000 and value == int(value):
         return f"{value / 1000:g}k" if value % 100 == 0 else f"{value:.0f}"
-    return f"{value + 0.0:.4g}"
+    return f"{value + 0.0:.2g}" if 0 < abs(value) < 1e-3 else f"{value + 0.0:.4g}"
 
 
 def lines(caption: str, unit: str, curves: Sequence[Curve]) -> Chart | None:
@@ -148,7 +148,8 @@ def intervals(sheet: Sheet, metric: str, rows: Sequence[Line]) -> Chart:
         theirs = "" if cell.published_difference is None else f"published {cell.published_difference:+.2f}"
         told.append(f"{line.label}: {', '.join(filter(None, (ours.strip(), theirs)))}")
     caption = f"{heading(metric)}: difference to the baseline, with its 95 % interval"
-    caption += "; diamonds are published" if sheet.published else ""
+    if any(line.cells[metric].published_difference is not None for line in rows):
+        caption += "; diamonds are published"
     return Chart(caption, _svg(height, f"{sheet.title}, {heading(metric)}. " + "; ".join(told), parts))
 
 

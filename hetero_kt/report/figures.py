@@ -167,7 +167,7 @@ def _told(cell: Cell, *, apart: bool = False) -> bool:
 def _intervals(panels: Sequence[tuple[Sheet, str, list[Line]]]) -> Figure:
     from matplotlib.figure import Figure
 
-    heights = [len(rows) + 2.6 for _, _, rows in panels]
+    heights = [len(rows) + 2.6 + len(text.title(sheet)) // 64 for sheet, _, rows in panels]
     figure = Figure(figsize=(8.6, 0.29 * sum(heights) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (sheet, metric, rows) in zip(axes, panels, strict=True):
@@ -197,7 +197,7 @@ def _intervals(panels: Sequence[tuple[Sheet, str, list[Line]]]) -> Figure:
         ax.set_ylim(len(rows) - 0.4, -0.6)
         _about_zero(ax)
         ax.set_title(
-            "\n".join(textwrap.wrap(text.title(sheet), 96)), loc="left", fontsize=9, fontweight="bold", color=INK
+            "\n".join(textwrap.wrap(text.title(sheet), 64)), loc="left", fontsize=9, fontweight="bold", color=INK
         )
         ax.set_xlabel(f"{heading(metric)}: difference to the baseline", color=INK, fontsize=8)
     _explain(figure, any(sheet.published for sheet, _, _ in panels))

@@ -15,7 +15,7 @@ from hetero_kt.report.comparison import Cell, Line, Sheet
 from hetero_kt.report.metrics import DETAILS, digits, heading
 from hetero_kt.statistics import CONFIDENCE, Difference
 
-INTERVAL = f"in brackets the interval that holds the true one with {CONFIDENCE:.0%} confidence (paired t test)"
+INTERVAL = f"in brackets the interval that holds the true one with {100 * CONFIDENCE:.0f} % confidence (paired t test)"
 FOOTNOTE = (
     "Mean ± population standard deviation over seeds. Δ: mean of the seed-by-seed differences to none, "
     f"{INTERVAL}; one seed has none."
@@ -79,19 +79,23 @@ def _signed(value: float, metric: str) -> str:
     return f"{round(value, digits(metric)) + 0.0:+.{digits(metric)}f}"  # what rounds to nothing has no minus
 
 
-def entries(sheet: Sheet) -> Iterator[tuple[Line, str, Cell]]:
-    """Of a published sheet: each row once per metric that is published or has run, and once without where none is."""
-    for line in sheet.lines:
-        known = [m for m in sheet.metrics if line.cells[m].ours or line.cells[m].published is not None]
-        for metric in known or [""]:
-            yield line, metric, line.cells[metric] if metric else Cell()
+def known(sheet: Sheet, line: Line) -> list[str]:
+    """Metrics of a published sheet's row that are published or have run; one without a name where none is."""
+    return [m for m in sheet.metrics if line.cells[m].ours or line.cells[m].published is not None] or [""]
+
+
+def change(cell: Cell, metric: str) -> str:
+    """The difference with its interval; empty where there is none."""
+    return f"{difference(cell.difference, metric)} {interval(cell, metric)}".strip()
 
 
 def _published_rows(sheet: Sheet) -> Iterator[tuple[str, ...]]:
-    for line, metric, cell in entries(sheet):
-        change = f"{difference(cell.difference, metric)} {interval(cell, metric)}".strip()
-        seeds = str(cell.ours.n) if cell.ours else ""
-        yield line.label, heading(metric), published(cell, metric), ours(cell, metric), seeds, change
+    for line in sheet.lines:
+        for metric in known(sheet, line):
+            cell = line.cells.get(metric, Cell())
+            seeds = str(cell.ours.n) if cell.ours else ""
+            numbers = published(cell, metric), ours(cell, metric), seeds, change(cell, metric)
+            yield line.label, heading(metric), *numbers
 
 
 # --- forms ---
@@ -103,10 +107,13 @@ def rich_table(sheet: Sheet) -> Table:
     shown = Table(title=Text(title(sheet)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     if sheet.published:
         for name in PUBLISHED:
-            shown.add_column(name, justify="left" if name in PUBLISHED[:2] else "right", overflow="fold")
+            words = name in PUBLISHED[:2]
+            shown.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
         before = ""
         for label, *cells in _published_rows(sheet):
-            shown.add_row(Text(label if label != before else ""), *map(Text, cells))
+            # What is in brackets goes below its number, or a terminal has no room for names.
+            stacked = [cell.replace(" (", "\n(").replace(" [", "\n[") for cell in cells[1:]]
+            shown.add_row(Text(label if label != before else ""), *map(Text, (cells[0], *stacked)))
             before = label
         return shown
     columns = [name for name in sheet.metrics if name not in DETAILS]
@@ -149,8 +156,7 @@ def markdown(sheets: Sequence[Sheet], notes: Sequence[str] = ()) -> str:
                 cells = [line.label, str(len(line.seeds))]
                 for metric in sheet.metrics:
                     cell = line.cells.get(metric, Cell())
-                    change = f"{difference(cell.difference, metric)} {interval(cell, metric)}".strip()
-                    cells += [ours(cell, metric), change]
+                    cells += [ours(cell, metric), change(cell, metric)]
                 lines.append(_pipes(cells))
         lines += ["", *(f"- {_plain(note)}" for note in sheet.notes), *([""] if sheet.notes else [])]
     lines += [text for note in footnotes(sheets) for text in (note, "")]
@@ -183,8 +189,8 @@ def as_csv(sheets: Sequence[Sheet]) -> str:
             for metric in sheet.metrics:
                 cell = line.cells.get(metric, Cell())
                 found = (cell.ours.mean, cell.ours.std, cell.ours.n) if cell.ours else ("", "", 0)
-                change = cell.difference
-                apart = (change.mean, change.low, change.high, len(change.seeds)) if change else ("", "", "", "")
+                gap = cell.difference
+                apart = (gap.mean, gap.low, gap.high, len(gap.seeds)) if gap else ("", "", "", "")
                 start = (sheet.title, line.label, line.baseline, metric)
                 theirs = "" if cell.published is None else cell.published
                 writer.writerow((*start, theirs, *found, *apart, sheet.chosen or "last"))

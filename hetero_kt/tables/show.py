@@ -16,13 +16,15 @@ def sheet(table: Table, budget: Budget, lines: Sequence[Line], notes: Sequence[s
     """The table with its own remarks, then `notes`."""
     shown = [Shown(line.row.label, line.row.baseline, tuple(line.runs), line.cells) for line in lines]
     counted = {run.folder: run for line in lines for run in line.runs.values()}
+    way = chosen(counted.values())
+    ours = [f"Ours is the {way}." if way else "Ours is each run's last evaluation."] if counted else []
     return Sheet(
         f"{table.title} ({budget})",
         table.metrics,
         tuple(shown),
-        tuple(dict.fromkeys((*table.notes, *evaluated(lines, budget), *without(table, budget), *notes))),
+        tuple(dict.fromkeys((*table.notes, *ours, *evaluated(lines, budget), *without(table, budget), *notes))),
         published=True,
-        chosen=chosen(counted.values()),
+        chosen=way,
     )
 
 
