@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +38,14 @@ def data_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def chromium() -> str:
+    """The path of a Chromium; empty where there is none."""
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why."""
     import torch
-    from browser import chromium
 
     for item in items:
         if item.get_closest_marker("data") and data_folder() is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import Browser, chromium
+from browser import Browser
 from hypothesis import given
 from hypothesis import strategies as st
 from test_report import distilled, recipe, write
@@ -106,7 +106,6 @@ def test_the_page_has_all_of_the_report(file: Path) -> None:
             "66.23 (+2.36)",
             "+2.00",
             "[-0.48, +4.48]",
-            "Ours is",
             "gate",
             "omega of layer 2",
         ),
@@ -179,9 +178,8 @@ def test_a_result_that_tells_little_about_itself(tmp_path: Path, told: dict[str,
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_ticks_are_round_and_inside(low: float, span: float) -> None:
-    high = low + span
-    if not high > low:
-        return
+    high = low + max(span, 1e-6 * abs(low))
+    span = high - low
     found = charts.ticks(low, high)
     assert 2 <= len(found) <= 12
     assert all(low - 1e-6 * span <= tick <= high + 1e-6 * span for tick in found)
@@ -305,7 +303,3 @@ def test_the_browser_would_notice(browser: Browser, tmp_path: Path) -> None:
     assert len(browser.complaints()) >= 2
     assert "DIV " in browser.evaluate(WIDER)
     assert "P." in browser.evaluate(FAINT)
-
-
-def test_chromium_is_looked_for_by_name() -> None:
-    assert chromium() == "" or Path(chromium()).exists()
