@@ -19,6 +19,7 @@ from test_report import distilled, recipe, write
 
 from hetero_kt import report
 from hetero_kt.report import charts, page
+from hetero_kt.report.comparison import Arm, Experiment
 
 EVIL = "<script>alert(1)</script>"
 LONG = "a_recipe_with_a_name_that_is_longer_than_a_narrow_screen_is_wide_and_has_no_space_in_it"
@@ -192,6 +193,13 @@ def test_a_curve_without_a_change_has_an_axis_that_says_so() -> None:
     assert chart is not None
     labels = re.findall(r'text-anchor="end">([^<]*)<', chart.svg)
     assert len(set(labels)) == len(labels) > 1
+
+
+def test_arms_of_one_experiment_look_different() -> None:
+    arms = tuple(Arm(name, name, {}) for name in ("none", "fbt", "kd", "ofa", "transfer", "shuffled"))
+    styles = page._styles(Experiment("x", arms))
+    assert len(set(styles.values())) == len(arms)
+    assert (styles["none"], styles["transfer"], styles["shuffled"]) == (0, 1, 3)
 
 
 def test_a_single_evaluation_is_no_curve() -> None:

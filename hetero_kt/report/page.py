@@ -5,6 +5,7 @@ All text from runs (names, folders, commands) reaches the page through a templat
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,12 +120,11 @@ def _group(title: str, made: Sequence[charts.Chart | None]) -> Group:
 
 
 def _styles(experiment: Experiment) -> dict[str, int]:
-    taken: dict[str, int] = {}
-    for arm in experiment.arms:
-        spare = next((i for i in range(charts.SERIES) if i not in taken.values() and i >= len(STYLES)), len(taken))
-        plain = arm.label in STYLES
-        taken[arm.label] = STYLES.index(arm.label) if plain else spare
-    return taken
+    """The arms of MergeNet look alike in all charts; others take what these leave."""
+    own = {arm.label: STYLES.index(arm.label) for arm in experiment.arms if arm.label in STYLES}
+    order = (*range(len(STYLES), charts.SERIES), *range(len(STYLES)))
+    free = itertools.cycle([style for style in order if style not in own.values()] or order)
+    return {arm.label: own[arm.label] if arm.label in own else next(free) for arm in experiment.arms}
 
 
 def _paths(logs: Any) -> list[str]:

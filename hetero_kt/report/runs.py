@@ -153,7 +153,8 @@ def one_per_seed(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
     first = next(iter(counted.values()), None)
     for seed, run in list(counted.items()):
         if first is not None and run.seen.get("data") != first.seen.get("data"):
-            notes.append(f"{run.folder} saw other samples than {first.folder}: it stays apart.")
+            unlike = "saw other samples than" if run.seen.get("data") else "does not say which samples it saw, unlike"
+            notes.append(f"{run.folder} {unlike} {first.folder}: it stays apart.")
             del counted[seed]
     return counted, notes
 

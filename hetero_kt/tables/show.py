@@ -78,5 +78,6 @@ def _filled(table: Table, budget: Budget, found: Iterable[Run]) -> tuple[list[Li
     if not ours:
         return None
     # A teacher's run, which says what model that is, lies beside the others: <output_dir>/<recipe>/<arm>/seed<k>.
-    beside = ours[0].folder.absolute().parents[2]
+    above = ours[0].folder.absolute().parents
+    beside = above[min(2, len(above) - 1)]
     return fill(table, budget, None, ours, "--output-dir", str(beside))
