@@ -176,7 +176,7 @@ def command(arguments: list[str], launcher: str = "cifar_mergenet") -> tuple[lis
     with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept(), contextlib.redirect_stdout(out):
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"))
         patch.setattr(running, "Trainer", Watched)
-        patch.setattr(launch, "start", lambda: ranks)
+        patch.setattr(launch, "start", lambda *_: ranks)
         patch.setattr(dist, "destroy_process_group", lambda: None)
         patch.setattr(sys, "argv", [file.name, *arguments])
         running.main(load(file).VARIANTS)
