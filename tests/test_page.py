@@ -288,12 +288,13 @@ def test_the_same_text_is_no_script_to_a_browser(browser: Browser, file: Path) -
 @pytest.mark.slow
 @pytest.mark.browser
 def test_it_can_be_printed(browser: Browser, file: Path) -> None:
-    browser.open(file, 800, dark=True)
+    browser.open(file, 718, dark=True)  # A4 between its margins, at 96 dots an inch
     printed = browser.pdf()
     assert printed.startswith(b"%PDF")
     assert printed.count(b"/Type /Page\n") > 1 or printed.count(b"/Type /Page") > 2
     browser.call("Emulation.setEmulatedMedia", media="print")
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 718
     browser.call("Emulation.setEmulatedMedia", media="")
 
 
