@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if typing.TYPE_CHECKING:
+    from hetero_kt.report import Report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,17 +64,34 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--first-seed", type=int, default=0, metavar="SEED", help="(0)")
     command.add_argument("--output-dir", default="runs", metavar="FOLDER", help="where runs are, and go (runs)")
     command.add_argument("--runs", nargs="+", default=[], metavar="FOLDER", help="look for runs there too")
-    command.add_argument("--run", action="store_true", help="start what is missing, one process after another")
-    command.add_argument("--commands", action="store_true", help="only print the commands that are missing, in order")
+    missing = command.add_mutually_exclusive_group()
+    missing.add_argument("--run", action="store_true", help="start what is missing, one process after another")
+    missing.add_argument(
+        "--slurm",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help="submit what is missing to Slurm, an array of seeds per row; sbatch's options as one word: "
+        "--slurm='--gpus-per-node 1 --time 2:00:00'",
+    )
+    missing.add_argument("--commands", action="store_true", help="only print the commands that are missing, in order")
     command.add_argument("--ranks", type=int, default=1, help="processes of each run (1)")
-    command.add_argument("--markdown", metavar="FILE", help="write the table there too")
-    command.add_argument("--csv", metavar="FILE", help="write the numbers there")
+    _add_forms(command)
     command.set_defaults(command=_table)
 
     command = commands.add_parser("report", help="compare finished runs over controls and seeds")
     command.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders that hold some")
-    command.add_argument("--markdown", metavar="FILE", help="write the tables there too")
-    command.add_argument("--png", metavar="FILE", help="draw the curves there")
+    command.add_argument(
+        "--table",
+        nargs="+",
+        metavar="TABLE",
+        help="published tables to show beside the runs, or none (those in which they fill a row and its baseline)",
+    )
+    command.add_argument(
+        "--budget", choices=("cpu", "gpu", "paper"), default="", help="of these tables (those that the runs are of)"
+    )
+    command.add_argument("--curves", metavar="FILE", help="draw there what the runs did over their steps")
+    _add_forms(command)
     command.set_defaults(command=_report)
 
     command = commands.add_parser("shards", help="write a data set of pictures as webdataset shards, for training")
@@ -120,6 +141,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--classes", type=int, default=1000, help="outputs of the classifiers (1000)")
     command.set_defaults(command=_features)
     return parser
+
+
+def _add_forms(command: argparse.ArgumentParser) -> None:
+    """What `table` and `report` have in common."""
+    command.add_argument(
+        "--best",
+        action="store_true",
+        help="count each run's best evaluation instead of its last: on the test set that is optimistic, and is said so",
+    )
+    command.add_argument("--markdown", metavar="FILE", help="write the tables there too")
+    command.add_argument("--csv", metavar="FILE", help="write the numbers there")
+    command.add_argument("--png", metavar="FILE", help="draw the differences there, with their intervals")
+    command.add_argument("--html", metavar="FILE", help="write all of it there, as one page for a browser")
 
 
 def _sites(arguments: argparse.Namespace) -> int:
@@ -175,7 +209,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace) -> int:
     from hetero_kt import tables
-    from hetero_kt.tables import runs, show
+    from hetero_kt.report import Report, comparison, history
+    from hetero_kt.report import runs as folders
+    from hetero_kt.tables import runs, show, start
 
     if arguments.list:
         for name in tables.names():
@@ -188,46 +224,65 @@ def _table(arguments: argparse.Namespace) -> int:
     table, budget, output_dir = tables.read(arguments.name), arguments.budget, arguments.output_dir
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
 
-    def fill() -> tuple[list[runs.Line], list[str]]:
-        found = runs.find([output_dir, *arguments.runs])
+    def fill(best: bool = False) -> tuple[list[runs.Line], list[str]]:
+        found = folders.find([output_dir, *arguments.runs])
+        found = [history.best(run) for run in found] if best else found
         return runs.fill(table, budget, seeds, found, "--output-dir", output_dir)
 
-    lines, notes = fill()
-    if arguments.commands:
-        for start in show.starts(table, budget, lines, seeds, output_dir):
-            print(shlex.join(start.words(output_dir, arguments.ranks, tables.launchers())))
-        return 0
     failed: list[str] = []
-    if arguments.run:
-        failed = show.run(show.starts(table, budget, lines, seeds, output_dir), output_dir, arguments.ranks)
-        lines, notes = fill()
-    notes = [*table.notes, *runs.evaluated(lines, budget), *show.without(table, budget), *notes, *failed]
-    console = Console()
-    console.print(show.rich_table(table, budget, lines))
-    for note in (show.FOOTNOTE, *notes):
-        console.print(Text(note), style="dim", soft_wrap=True)
-    for name, text in (
-        (arguments.markdown, show.markdown(table, budget, lines, notes)),
-        (arguments.csv, show.as_csv(table, lines)),
-    ):
-        if name:
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-            Path(name).write_text(text, encoding="utf-8")
+    if arguments.commands or arguments.run or arguments.slurm is not None:
+        # What has run has run, whichever of its evaluations counts.
+        todo = start.starts(table, budget, fill()[0], seeds, output_dir)
+        if arguments.commands:
+            for one in todo:
+                print(shlex.join(one.words(output_dir, arguments.ranks, tables.launchers())))
+            return 0
+        if arguments.slurm is not None:
+            if arguments.ranks > 1:
+                raise ValueError(
+                    "table: with --slurm ranks are tasks: --slurm='--ntasks-per-node 2' instead of --ranks."
+                )
+            for line in start.submit(todo, output_dir, shlex.split(arguments.slurm)):
+                print(line)
+            return 0
+        failed = start.run(todo, output_dir, arguments.ranks)
+    lines, notes = fill(arguments.best)
+    counted = [run for line in lines for run in line.runs.values()]
+    report = Report(
+        tuple(comparison.experiments({run.folder: run for run in counted}.values())[0]),
+        (show.sheet(table, budget, lines, [*notes, *failed]),),
+        (),
+    )
+    report.show(Console())
+    _write(arguments, report)
     return 1 if failed else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from hetero_kt import report
+    from hetero_kt.report import figures
 
-    report.table(arguments.runs)
-    if arguments.markdown:
-        runs, unfinished = report.find_runs(arguments.runs)
-        file = Path(arguments.markdown)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(report.markdown(report.compare(runs), report.remarks(runs, unfinished)), encoding="utf-8")
-    if arguments.png:
-        report.curves(arguments.runs, arguments.png)
+    wanted = [] if arguments.table == ["none"] else arguments.table
+    gathered = report.gather(arguments.runs, best=arguments.best, tables=wanted, budget=arguments.budget)
+    gathered.show(Console())
+    _write(arguments, gathered)
+    if arguments.curves:
+        figures.curves(gathered.experiments, arguments.curves)
     return 0
+
+
+def _write(arguments: argparse.Namespace, report: Report) -> None:
+    """The forms that were asked for."""
+    from hetero_kt.report import figures, page
+
+    for name, form in ((arguments.markdown, report.markdown), (arguments.csv, report.csv)):
+        if name:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(form(), encoding="utf-8")
+    if arguments.html:
+        page.write(report, arguments.html)
+    if arguments.png:
+        figures.intervals(report.sheets, arguments.png)
 
 
 def _shards(arguments: argparse.Namespace) -> int:
@@ -252,7 +307,7 @@ def _shards(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from hetero_kt import report
+    from hetero_kt.report import runs
 
     if arguments.official:
         from hetero_kt.ask import Trained
@@ -260,21 +315,22 @@ def _export(arguments: argparse.Namespace) -> int:
         Trained(arguments.run).write_official(arguments.official)
         print(arguments.official)
         return 0
-    finished, unfinished = report.find_runs([arguments.run])
-    for run in finished:
+    found = runs.find([arguments.run], demand=True)
+    for run in found:
+        if not run.finished:
+            print(
+                f"{run.folder} {run.problem}: start its launcher again with the same options, "
+                "which resumes it and exports at the end.",
+                file=sys.stderr,
+            )
+            continue
         export = run.folder / "export"
         files = sorted([*export.glob("*.safetensors"), *export.glob("*/model.safetensors")])
         if not files:
             raise ValueError(f"export: {run.folder} has lost its export: start its launcher again with --resume never.")
         for file in files:
             print(file)
-    for folder in unfinished:
-        print(
-            f"{folder} has not finished: start its launcher again with the same options, "
-            "which resumes it and exports at the end.",
-            file=sys.stderr,
-        )
-    return 0 if finished else 1
+    return 0 if any(run.finished for run in found) else 1
 
 
 def _ask(arguments: argparse.Namespace) -> int:

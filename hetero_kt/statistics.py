@@ -35,6 +35,11 @@ class Difference:
     """Those that both arms have; others do not count."""
 
     @property
+    def apart(self) -> bool:
+        """Whether the arms differ at all, rounding aside: a model that nothing reaches is the same in both."""
+        return any(abs(x) > 1e-9 for x in (self.mean, self.low or 0.0, self.high or 0.0))
+
+    @property
     def clear(self) -> bool:
         """Whether the interval leaves out zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)

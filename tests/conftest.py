@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,11 @@ def data_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def chromium() -> str:
+    """The path of a Chromium; empty where there is none."""
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why."""
     import torch
@@ -46,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no data folder: set HETERO_KT_DATA"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("browser") and not chromium():
+            item.add_marker(pytest.mark.skip(reason="no Chromium: apt-get install chromium"))
 
 
 _skipped: list[str] = []

@@ -53,11 +53,21 @@ def test_sites_of_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_report_prints_and_writes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    markdown, png = tmp_path / "out" / "r.md", tmp_path / "out" / "r.png"
-    cli.main(["report", str(run), "--markdown", str(markdown), "--png", str(png)])
+    out = tmp_path / "out"
+    forms = ("markdown", "csv", "html", "curves")
+    cli.main(["report", str(run), *(word for form in forms for word in (f"--{form}", str(out / form)))])
     assert "40.00" in capsys.readouterr().out
-    assert "| none | 1 | 40.00 |" in markdown.read_text()
-    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "| none | 1 | 40.00 |" in (out / "markdown").read_text()
+    assert "toy: cnn,none,,top1,,40.0,0.0,1,,,,,last" in (out / "csv").read_text()
+    assert "40.00" in (out / "html").read_text()
+    assert (out / "curves").read_bytes().startswith(b"\x89PNG")
+    assert "there is nothing to draw" in fails(capsys, "report", str(run), "--png", str(out / "png"))
+
+
+def test_report_of_a_table_that_does_not_exist(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "table mergenet-9 does not exist: use mergenet-" in fails(
+        capsys, "report", str(run), "--table", "mergenet-9"
+    )
 
 
 def test_report_of_a_missing_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from hetero_kt.distributed.launch import Ranks
 from hetero_kt.folder import run_folder
 from hetero_kt.options import Options
 from hetero_kt.parts import Prepared
-from hetero_kt.report import read_metrics
+from hetero_kt.report.history import history as read_metrics
 from hetero_kt.tasks.classification import evaluate
 
 STEPS = 4
@@ -176,7 +176,7 @@ def command(arguments: list[str], launcher: str = "cifar_mergenet") -> tuple[lis
     with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept(), contextlib.redirect_stdout(out):
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"))
         patch.setattr(running, "Trainer", Watched)
-        patch.setattr(launch, "start", lambda: ranks)
+        patch.setattr(launch, "start", lambda *_: ranks)
         patch.setattr(dist, "destroy_process_group", lambda: None)
         patch.setattr(sys, "argv", [file.name, *arguments])
         running.main(load(file).VARIANTS)

@@ -62,6 +62,13 @@ def test_a_gain_is_seen_when_it_is_larger_than_the_luck() -> None:
     assert found.clear
 
 
+def test_arms_that_are_the_same_are_not_apart() -> None:
+    same, other = paired({0: 0.1 + 0.2, 1: 1.0}, {0: 0.3, 1: 1.0}), paired({0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0})
+    assert same is not None
+    assert other is not None
+    assert (same.apart, other.apart) == (False, True)
+
+
 def test_only_shared_seeds_count() -> None:
     found = paired({0: 1.0, 1: 3.0, 7: 90.0}, {1: 2.0, 0: 1.5, 9: 5.0})
     assert found is not None

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
-from hetero_kt import cli, tables
+from hetero_kt import cli, report, tables
 from hetero_kt.config import Distill, Recipe, differences, to_yaml
 from hetero_kt.folder import run_folder
-from hetero_kt.tables import runs, show
+from hetero_kt.report import runs as folders
+from hetero_kt.report import text as forms
+from hetero_kt.report.comparison import Cell
+from hetero_kt.tables import runs, show, start
 
 NAMES = tables.names()
 resolved = cache(tables.resolved)
@@ -226,7 +229,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def filled(table: tables.Table, *roots: Path, seeds: int = 3) -> tuple[dict[str, runs.Line], list[str]]:
-    lines, notes = runs.fill(table, "cpu", range(seeds), runs.find(roots), "--output-dir", str(roots[0]))
+    lines, notes = runs.fill(table, "cpu", range(seeds), folders.find(roots), "--output-dir", str(roots[0]))
     return {line.row.label: line for line in lines}, notes
 
 
@@ -252,8 +255,11 @@ def test_other_seeds_are_left_alone(made: tables.Table, root: Path) -> None:
 def test_what_has_not_run_is_empty(made: tables.Table, tmp_path: Path) -> None:
     lines, notes = filled(made, tmp_path / "nothing")
     assert notes == []
-    assert all(cell == runs.Cell(None, None) for line in lines.values() for cell in line.cells.values())
-    assert list(show.entries(made, list(lines.values())))[1] == ("KD", "top-1 (%)", "53.00 (+3.00)", "", "", "")
+    assert all((cell.ours, cell.difference) == (None, None) for line in lines.values() for cell in line.cells.values())
+    assert lines["KD"].cells["top1"] == Cell(published=53, published_difference=3)
+    assert "| KD | top-1 (%) | 53.00 (+3.00) |  |  |  |" in forms.markdown(
+        [show.sheet(made, "cpu", list(lines.values()))]
+    )
 
 
 def test_a_run_of_another_recipe_stays_apart(made: tables.Table, root: Path) -> None:
@@ -281,10 +287,10 @@ def test_a_folder_named_twice_counts_once(made: tables.Table, root: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("result.json", '{"recipe": "digits_distill", "cont', "has a result that cannot be read"),
-        ("result.json", '{"recipe": "digits_distill"}', "has a result that cannot be read"),
+        ("result.json", '{"recipe": "digits_distill", "cont', "has a result.json that cannot be read"),
+        ("result.json", '{"recipe": "digits_distill"}', "has a result.json that cannot be read"),
         ("result.json", None, "is not finished"),
-        ("data.json", "{", "has a result that cannot be read"),
+        ("data.json", "{", "has a data.json that cannot be read"),
         ("recipe.yaml", None, "has no recipe.yaml"),
         ("recipe.yaml", "name: [", "has a recipe.yaml that cannot be read"),
     ],
@@ -363,7 +369,7 @@ def test_the_table_is_shown_and_written(root: Path, tmp_path: Path, capsys: pyte
     options = ["--seeds", "3", "--output-dir", str(root), "--markdown", str(markdown), "--csv", str(numbers)]
     cli.main(["table", "mergenet-1", *options])
     shown = capsys.readouterr().out
-    for part in ("53.00 (+3.00)", "55.00 ± 2.83", "+3.00 [-1.97, +7.97]", "Ours on digits: 359 samples."):
+    for part in ("53.00", "(+3.00)", "55.00 ± 2.83", "[-1.97, +7.97]", "Ours on digits: 359 samples."):
         assert part in shown
     assert "| KD | top-1 (%) | 53.00 (+3.00) | 55.00 ± 2.83 | 3 | +3.00 [-1.97, +7.97] |" in markdown.read_text()
     kd = list(csv.DictReader(numbers.open()))[1]
@@ -384,8 +390,8 @@ def test_rows_that_share_a_run_start_it_once(made: tables.Table, tmp_path: Path)
     kd = made.row("KD")
     table = replace(made, rows=(*made.rows, replace(kd, label="KD again")))
     lines, _ = runs.fill(table, "cpu", range(2), [], "--output-dir", str(tmp_path))
-    started = show.starts(table, "cpu", lines, range(2), str(tmp_path))
-    assert [start.seeds for start in started] == [(), (0, 1), (0, 1)]
+    started = start.starts(table, "cpu", lines, range(2), str(tmp_path))
+    assert [one.seeds for one in started] == [(), (0, 1), (0, 1)]
 
 
 @pytest.mark.usefixtures("as_mergenet_1")
@@ -398,10 +404,183 @@ def test_students_of_a_teacher_that_failed_are_left_out(
     made: tables.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines, _ = runs.fill(made, "cpu", range(1), [], "--output-dir", str(tmp_path))
-    todo = show.starts(made, "cpu", lines, range(1), str(tmp_path))
+    todo = start.starts(made, "cpu", lines, range(1), str(tmp_path))
     monkeypatch.setattr(sys, "executable", "false")
-    said = show.run(todo, str(tmp_path), 1)
+    said = start.run(todo, str(tmp_path), 1)
     assert [text.partition(":")[0] for text in said] == ["Failed with status 1", "Left out", "Left out"]
+
+
+# --- what is missing, to Slurm ---
+
+SBATCH = """#!/bin/bash
+printf '%s\\n' "$PWD" "$@" >> "$CALLS"; echo "--" >> "$CALLS"
+[[ -z ${REFUSE:-} || $(grep -cx -- -- "$CALLS") -lt 2 ]] || { echo "Invalid qos" >&2; exit 1; }
+echo "$((100 + $(grep -cx -- -- "$CALLS")));cluster"
+"""
+SQUEUE = '#!/bin/bash\ncat "$QUEUE"\n'
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for `sbatch` and `squeue` on the path; the calls lie in the file that is given."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, script in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+        (commands / name).write_text(script)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("QUEUE", str(tmp_path / "queue"))
+    (tmp_path / "queue").write_text("")
+    return tmp_path / "calls"
+
+
+def called(file: Path) -> list[list[str]]:
+    """The folder and the arguments of each call."""
+    return [call.split("\n") for call in file.read_text().split("\n--\n")[:-1]] if file.exists() else []
+
+
+@pytest.mark.usefixtures("as_mergenet_1")
+def test_arrays_are_submitted_and_students_wait_for_their_teacher(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    write(out, "KD", 1, 53)
+    options = ["--seeds", "3", "--output-dir", str(out), "--slurm=--gpus-per-node 1 --time 2:00:00"]
+    cli.main(["table", "mergenet-1", *options])
+    said = capsys.readouterr().out.splitlines()
+    teacher, alone, kd = called(slurm)
+    assert said == [
+        "digits_distill_teacher/none: job 101, seed 0",
+        "digits_distill/none: job 102, seeds 0 1 2, after 101",
+        "digits_distill/kd: job 103, seeds 0 2, after 101",
+    ]
+    checkout = str(Path(__file__).resolve().parents[1])
+    assert teacher[:4] == [checkout, "--parsable", "--job-name=digits_distill_teacher/none", "--array=0-0"]
+    assert not any("dependency" in word for word in teacher)
+    assert kd == [
+        *(checkout, "--parsable", "--job-name=digits_distill/kd", "--array=0-1"),
+        *("--dependency=afterok:101", "--kill-on-invalid-dep=yes", "--gpus-per-node", "1", "--time", "2:00:00"),
+        *("slurm/array.sbatch", "0 2", "kd", "launchers/cifar_distill.py", "--variant", "digits", "--method", "kd"),
+        *("--teacher", "run:digits_distill_teacher", "--output-dir", str(out)),
+    ]
+    assert alone[3] == "--array=0-2"
+
+
+@pytest.mark.usefixtures("as_mergenet_1")
+def test_what_an_array_starts_is_the_run_that_is_missing(slurm: Path, tmp_path: Path) -> None:
+    """The words behind the batch file mean the same recipe to it as the row means to the table."""
+    cli.main(["table", "mergenet-1", "--seeds", "2", "--output-dir", str(tmp_path / "out"), "--slurm"])
+    *_, kd = called(slurm)
+    at = kd.index("slurm/array.sbatch")
+    seeds, arms, launcher, *options = kd[at + 1 :]
+    # As array.sbatch puts them together.
+    command = tables.Command(Path(launcher).stem, (*options, "--seed", seeds.split()[1], "--control", arms.split()[0]))
+    wanted = resolved(tables.parse("made", TABLE).row("KD").commands["cpu"]).recipe
+    assert not differences(tables.resolved(command).recipe, replace(wanted, seed=1))
+
+
+@pytest.mark.usefixtures("as_mergenet_1")
+def test_what_is_in_the_queue_is_not_submitted_again(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "queue").write_text("77 digits_distill_teacher/none\n78 digits_distill/none\n")
+    cli.main(["table", "mergenet-1", "--seeds", "1", "--output-dir", str(tmp_path / "out"), "--slurm"])
+    assert capsys.readouterr().out.splitlines() == [
+        "digits_distill_teacher/none: job 77 is in the queue already, nothing submitted",
+        "digits_distill/none: job 78 is in the queue already, nothing submitted",
+        "digits_distill/kd: job 101, seed 0, after 77",
+    ]
+
+
+@pytest.mark.usefixtures("as_mergenet_1")
+def test_nothing_missing_submits_nothing(root: Path, slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["table", "mergenet-1", "--seeds", "3", "--output-dir", str(root), "--slurm"])
+    assert capsys.readouterr().out == "Nothing is missing: nothing submitted.\n"
+    assert not called(slurm)
+
+
+@pytest.mark.usefixtures("as_mergenet_1")
+def test_a_refusal_of_slurm_says_what_is_in_the_queue_by_then(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFUSE", "1")
+    options = ["--seeds", "1", "--output-dir", str(tmp_path / "out"), "--slurm"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["table", "mergenet-1", *options])
+    assert stop.value.code == 2
+    assert "sbatch refused digits_distill/none (submitted before it: 101): Invalid qos" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("as_mergenet_1")
+def test_without_slurm_there_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for more, said in (
+        ([], "this machine has no sbatch: use --slurm where Slurm is, or --run here."),
+        (["--ranks", "2"], "with --slurm ranks are tasks: --slurm='--ntasks-per-node 2' instead of --ranks."),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["table", "mergenet-1", "--output-dir", str(tmp_path / "out"), "--slurm", *more])
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"error: table: {said}\n"
+
+
+# --- in a report ---
+
+
+@pytest.fixture
+def known(made: tables.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made-up table as the only one."""
+    monkeypatch.setattr(show, "names", lambda: ["made"])
+    monkeypatch.setattr(show, "read", lambda name: made)
+
+
+@pytest.mark.usefixtures("known")
+def test_a_report_shows_the_table_that_its_runs_belong_to(root: Path) -> None:
+    *_, sheet = report.gather([root]).sheets
+    assert (sheet.title, sheet.published) == ("made up (cpu)", True)
+    kd = sheet.lines[1]
+    assert kd.seeds == (0, 1, 2)
+    assert kd.cells["top1"].published_difference == 3
+    assert kd.cells["top1"].difference is not None
+    assert kd.cells["top1"].difference.mean == pytest.approx(3)
+    assert "Ours is each run's last evaluation." in sheet.notes
+
+
+@pytest.mark.usefixtures("known")
+def test_a_table_without_a_row_and_its_baseline_is_shown_by_name_only(root: Path) -> None:
+    alone = [root / "digits_distill" / "none"]
+    assert not [sheet for sheet in report.gather(alone).sheets if sheet.published]
+    (sheet,) = [sheet for sheet in report.gather(alone, tables=["made"]).sheets if sheet.published]
+    assert [line.seeds for line in sheet.lines] == [(0, 1, 2), ()]
+
+
+@pytest.mark.usefixtures("known")
+def test_a_table_that_nothing_has_run_of_is_empty(root: Path) -> None:
+    sheets = report.gather([root], tables=["made"], budget="gpu").sheets
+    (sheet,) = [sheet for sheet in sheets if sheet.published]
+    assert sheet.title == "made up (gpu)"
+    assert all(cell.ours is None for line in sheet.lines for cell in line.cells.values())
+
+
+def test_names_of_recipes_are_known_at_little_cost() -> None:
+    """Those of a whole table, as resolving its commands gives them."""
+    for _, command in commands(tables.read("mergenet-1")):
+        assert tables.runs_called(command) == resolved(command).recipe.name
+
+
+@pytest.mark.usefixtures("as_mergenet_1")
+def test_the_best_evaluation_is_asked_for_and_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in root.rglob("seed*"):
+        last = json.loads((folder / "result.json").read_text())["metrics"]["student"]["top1"]
+        lines = [{"step": step, "student/test_top1": top1} for step, top1 in ((80, last + 1), (160, last))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cli.main(["table", "mergenet-1", "--seeds", "3", "--output-dir", str(root), "--best"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "best of 2 evaluations on the test set: optimistic" in shown
+    assert "56.00 ± 2.83" in shown
 
 
 @pytest.mark.parametrize("options", [[], ["mergenet-1", "--seeds", "0"], ["mergenet-9"]])

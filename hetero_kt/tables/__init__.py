@@ -254,6 +254,16 @@ def variants(launcher: Path) -> Variants:
     return typing.cast(Variants, module.VARIANTS)
 
 
+def runs_called(command: Command, folder: str | Path = "") -> str:
+    """The name of the recipe that `command` trains, at little cost; empty where it cannot be told."""
+    given = dict(zip(command.options, command.options[1:], strict=False))
+    try:
+        known = variants(launchers(folder).resolve() / f"{command.launcher}.py")
+        return given.get("--name") or known[given.get("--variant", next(iter(known)))]().name
+    except (ValueError, KeyError):
+        return ""
+
+
 def resolved(command: Command, *more: str, folder: str | Path = "") -> Resolved:
     """The recipe that `command` trains, with `more` options behind its own.
 

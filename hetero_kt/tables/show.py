@@ -1,60 +1,31 @@
-"""A table beside its published numbers: for a terminal, as Markdown and as CSV; and the commands that it lacks."""
+"""A table beside its published numbers, as a sheet; and the tables that runs belong to."""
 
 from __future__ import annotations
 
-import csv
-import io
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
-from rich import box
-from rich.table import Table as Shown
-from rich.text import Text
-
-from hetero_kt.report import METRICS
-from hetero_kt.statistics import CONFIDENCE
-from hetero_kt.tables import Budget, Command, Table, launchers, resolved
-from hetero_kt.tables.runs import Line, counting, find
-
-HEADINGS = ("row", "metric", "published", "ours", "seeds", "Δ to baseline")
-FOOTNOTE = (
-    "Ours: mean ± population standard deviation over seeds. Δ: mean of the seed-by-seed differences to the row's "
-    f"baseline, in brackets the interval that holds the true one with {CONFIDENCE:.0%} confidence (paired t test; two "
-    "seeds or more). Published differences are in parentheses. ?: not seen at its source."
-)
+from hetero_kt.report.comparison import Line as Shown
+from hetero_kt.report.comparison import Sheet
+from hetero_kt.report.history import chosen
+from hetero_kt.report.runs import Run
+from hetero_kt.tables import BUDGETS, Budget, Table, launchers, names, read, runs_called
+from hetero_kt.tables.runs import Line, evaluated, fill
 
 
-def entries(table: Table, lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
-    """The cells of each line, as text: a row has one line per metric that is published or has run."""
-    for line in lines:
-        row = line.row
-        metrics = [metric for metric in table.metrics if metric in row.published or line.cells[metric].ours]
-        for metric in metrics or [""]:
-            if not metric:
-                yield row.label, "", "", "", "", ""
-                continue
-            digits = 3 if metric.endswith("loss") else 2
-            published = ""
-            if metric in row.published:
-                published = f"{row.published[metric]:.{digits}f}" + "?" * (metric in row.unverified)
-                base = table.row(row.baseline).published if row.baseline else {}
-                if metric in base:
-                    published += f" ({row.published[metric] - base[metric]:+.{digits}f})"
-            cell, ours, change = line.cells[metric], "", ""
-            if cell.ours:
-                ours = f"{cell.ours.mean:.{digits}f}"
-                ours += f" ± {cell.ours.std:.{digits}f}" if cell.ours.n > 1 else ""
-            if cell.difference:
-                change = f"{cell.difference.mean:+.{digits}f}"
-                if cell.difference.low is not None:
-                    change += f" [{cell.difference.low:+.{digits}f}, {cell.difference.high:+.{digits}f}]"
-                if cell.ours and len(cell.difference.seeds) < cell.ours.n:
-                    change += f" ({len(cell.difference.seeds)} seeds)"
-            heading = METRICS.get(metric, metric)
-            yield row.label, heading, published, ours, str(cell.ours.n) if cell.ours else "", change
+def sheet(table: Table, budget: Budget, lines: Sequence[Line], notes: Sequence[str] = ()) -> Sheet:
+    """The table with its own remarks, then `notes`."""
+    shown = [Shown(line.row.label, line.row.baseline, tuple(line.runs), line.cells) for line in lines]
+    counted = {run.folder: run for line in lines for run in line.runs.values()}
+    way = chosen(counted.values())
+    ours = [f"Ours is the {way}." if way else "Ours is each run's last evaluation."] if counted else []
+    return Sheet(
+        f"{table.title} ({budget})",
+        table.metrics,
+        tuple(shown),
+        tuple(dict.fromkeys((*table.notes, *ours, *evaluated(lines, budget), *without(table, budget), *notes))),
+        published=True,
+        chosen=way,
+    )
 
 
 def without(table: Table, budget: Budget) -> list[str]:
@@ -66,108 +37,47 @@ def without(table: Table, budget: Budget) -> list[str]:
     return [f"No command for {budget}, {why}: {'; '.join(labels)}." for why, labels in reasons.items()]
 
 
-def rich_table(table: Table, budget: Budget, lines: Sequence[Line]) -> Shown:
-    """For a terminal."""
-    shown = Shown(title=f"{table.title} ({budget})", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for heading in HEADINGS:
-        shown.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right", overflow="fold")
-    before = ""
-    for label, *cells in entries(table, lines):
-        # As Text: an interval would lose its brackets to rich's markup.
-        shown.add_row(Text(label if label != before else ""), *map(Text, cells))
-        before = label
-    return shown
+def published(found: Sequence[Run], wanted: Sequence[str] | None = None, budget: str = "") -> list[Sheet]:
+    """Tables with these runs in them.
+
+    Args:
+        found: the runs; all of their seeds count.
+        wanted: names of tables; None takes those in which the runs fill a row and its baseline.
+        budget: of the tables; empty takes those that the runs are of, for a table by name `cpu` where they are of none.
+
+    Raises:
+        ValueError: a name that no table has.
+    """
+    if wanted is None and not any(run.recipe for run in found):
+        return []
+    try:
+        launchers()
+    except ValueError:
+        if wanted is None:
+            return []  # outside of a checkout nothing says what a row's command trains
+        raise
+    budgets = [one for one in BUDGETS if budget in ("", one)]
+    sheets = []
+    for name in names() if wanted is None else wanted:
+        table = read(name)
+        of_table = [(one, made) for one in budgets if (made := _filled(table, one, found))]
+        for one, (lines, notes) in of_table:
+            compared = any(cell.difference for line in lines for cell in line.cells.values())
+            if wanted is not None or compared:
+                sheets.append(sheet(table, one, lines, notes))
+        if wanted is not None and not of_table:
+            empty = budgets[0]
+            sheets.append(sheet(table, empty, *fill(table, empty, None, [])))
+    return sheets
 
 
-def markdown(table: Table, budget: Budget, lines: Sequence[Line], notes: Sequence[str]) -> str:
-    """The table, then what a reader has to know."""
-    text = [f"**{table.title}** ({budget})", "", _pipes(HEADINGS), "|---|---|" + "---:|" * (len(HEADINGS) - 2)]
-    text += [_pipes(cells) for cells in entries(table, lines)]
-    return "\n".join([*text, "", FOOTNOTE, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
-
-
-def _pipes(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def as_csv(table: Table, lines: Sequence[Line]) -> str:
-    """One line per row and metric, numbers in full; empty where nothing has run or was published."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    names = ("row", "baseline", "metric", "published", "mean", "std", "seeds", "difference", "low", "high", "pairs")
-    writer.writerow(names)
-    for line in lines:
-        for metric in table.metrics:
-            ours, change = line.cells[metric].ours, line.cells[metric].difference
-            published = line.row.published.get(metric, "")
-            found = (ours.mean, ours.std, ours.n) if ours else ("", "", 0)
-            apart = (change.mean, change.low, change.high, len(change.seeds)) if change else ("", "", "", "")
-            writer.writerow((line.row.label, line.row.baseline, metric, published, *found, *apart))
-    return file.getvalue()
-
-
-# --- what is missing ---
-
-
-@dataclass(frozen=True)
-class Start:
-    """One process that has to run."""
-
-    command: Command
-    seeds: tuple[int, ...]
-    """Empty: the recipe's own."""
-    needs: tuple[str, ...]
-    """Commands that have to succeed before."""
-
-    def words(self, output_dir: str, ranks: int, folder: Path) -> list[str]:
-        """As an argument list."""
-        launcher = str(folder / f"{self.command.launcher}.py")
-        starter = ["deepspeed", "--num_accelerators", str(ranks)] if ranks > 1 else [sys.executable]
-        seeds = ["--seeds", *map(str, self.seeds)] if self.seeds else []
-        return [*starter, launcher, *self.command.options, "--output-dir", output_dir, *seeds]
-
-
-def starts(table: Table, budget: Budget, lines: Sequence[Line], seeds: Sequence[int], output_dir: str) -> list[Start]:
-    """What has to run for `seeds` of every row, teachers before their students; rows that share a run ask for it
-    once."""
-    found = find([output_dir])
-    wanted: dict[str, Start] = {}
-    claimed: set[Path] = set()
-    for line in lines:
-        command = line.row.commands.get(budget)
-        if command is None:
-            continue
-        if table.plans:
-            wanted.setdefault(str(command), Start(command, (), ()))
-            continue
-        one = resolved(command, "--output-dir", output_dir)
-        missing = tuple(seed for seed in line.missing(seeds) if one.folder(seed) not in claimed)
-        claimed |= {one.folder(seed) for seed in missing}
-        if not missing:
-            continue
-        needed = table.needed(command)
-        for earlier in needed:
-            recipe = resolved(earlier, "--output-dir", output_dir).recipe
-            if not counting(recipe, [recipe.seed], found)[0]:
-                needs = tuple(str(other) for other in table.needed(earlier))
-                wanted.setdefault(str(earlier), Start(earlier, (), needs))
-        wanted[f"{command} {missing}"] = Start(command, missing, tuple(str(other) for other in needed))
-    return list(wanted.values())
-
-
-def run(todo: Sequence[Start], output_dir: str, ranks: int) -> list[str]:
-    """Start one process after another; returns a sentence on each that failed or had to be left out."""
-    failed: dict[str, str] = {}
-    for i, start in enumerate(todo):
-        lost = [need for need in start.needs if need in failed]
-        if lost:
-            failed[str(start.command)] = f"Left out: {start.command}, since this failed: {lost[0]}"
-            continue
-        print(
-            f"{i + 1} of {len(todo)}: {start.command}, seeds {' '.join(map(str, start.seeds)) or 'as it is'}",
-            flush=True,
-        )
-        status = subprocess.run(start.words(output_dir, ranks, launchers()), check=False).returncode
-        if status:
-            failed[str(start.command)] = f"Failed with status {status}: {start.command}"
-    return list(failed.values())
+def _filled(table: Table, budget: Budget, found: Iterable[Run]) -> tuple[list[Line], list[str]] | None:
+    """The table's rows, if runs are called as any of them; to resolve all commands of all tables would take long."""
+    called = {name for row in table.rows if budget in row.commands for name in [runs_called(row.commands[budget])]}
+    ours = [run for run in found if run.name in called]
+    if not ours:
+        return None
+    # A teacher's run, which says what model that is, lies beside the others: <output_dir>/<recipe>/<arm>/seed<k>.
+    above = ours[0].folder.absolute().parents
+    beside = above[min(2, len(above) - 1)]
+    return fill(table, budget, None, ours, "--output-dir", str(beside))

@@ -1,0 +1,197 @@
+"""Sheets for a terminal, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from hetero_kt.report.comparison import Cell, Line, Sheet
+from hetero_kt.report.metrics import DETAILS, digits, heading
+from hetero_kt.statistics import CONFIDENCE, Difference
+
+INTERVAL = f"in brackets the interval that holds the true one with {100 * CONFIDENCE:.0f} % confidence (paired t test)"
+FOOTNOTE = (
+    "Mean ± population standard deviation over seeds. Δ: mean of the seed-by-seed differences to none, "
+    f"{INTERVAL}; one seed has none."
+)
+PUBLISHED_FOOTNOTE = (
+    "Ours: mean ± population standard deviation over seeds. Δ: mean of the seed-by-seed differences to the row's "
+    f"baseline, {INTERVAL}; one seed has none. Published differences are in parentheses. ?: not seen at its source."
+)
+PUBLISHED = ("row", "metric", "published", "ours", "seeds", "Δ to baseline")
+
+
+def footnotes(sheets: Sequence[Sheet]) -> list[str]:
+    """How to read their numbers."""
+    texts = [FOOTNOTE] if any(not sheet.published for sheet in sheets) else []
+    return texts + ([PUBLISHED_FOOTNOTE] if any(sheet.published for sheet in sheets) else [])
+
+
+def title(sheet: Sheet) -> str:
+    """With how its numbers were chosen, where that flatters them."""
+    return f"{sheet.title}, {sheet.chosen}" if sheet.chosen else sheet.title
+
+
+# --- numbers as text ---
+
+
+def ours(cell: Cell, metric: str) -> str:
+    """Mean and spread; empty where nothing counts."""
+    if cell.ours is None:
+        return ""
+    mean = f"{cell.ours.mean:.{digits(metric)}f}"
+    return f"{mean} ± {cell.ours.std:.{digits(metric)}f}" if cell.ours.n > 1 else mean
+
+
+def difference(found: Difference | None, metric: str) -> str:
+    """Its mean; empty where there is none."""
+    return "" if found is None else _signed(found.mean, metric)
+
+
+def interval(cell: Cell, metric: str) -> str:
+    """In brackets, and how many seeds it is of, where that is not all of ours; empty where there is none."""
+    found = cell.difference
+    if found is None:
+        return ""
+    parts = []
+    if found.low is not None and found.high is not None:
+        parts.append(f"[{_signed(found.low, metric)}, {_signed(found.high, metric)}]")
+    if cell.ours and len(found.seeds) < cell.ours.n:
+        parts.append(f"({len(found.seeds)} of {cell.ours.n} seeds)")
+    return " ".join(parts)
+
+
+def published(cell: Cell, metric: str) -> str:
+    """The published number, with its difference in parentheses; empty where there is none."""
+    if cell.published is None:
+        return ""
+    text = f"{cell.published:.{digits(metric)}f}" + "?" * cell.unverified
+    return text if cell.published_difference is None else f"{text} ({_signed(cell.published_difference, metric)})"
+
+
+def _signed(value: float, metric: str) -> str:
+    return f"{round(value, digits(metric)) + 0.0:+.{digits(metric)}f}"  # what rounds to nothing has no minus
+
+
+def known(sheet: Sheet, line: Line) -> list[str]:
+    """Metrics of a published sheet's row that are published or have run; one without a name where none is."""
+    return [m for m in sheet.metrics if line.cells[m].ours or line.cells[m].published is not None] or [""]
+
+
+def change(cell: Cell, metric: str) -> str:
+    """The difference with its interval; empty where there is none."""
+    return f"{difference(cell.difference, metric)} {interval(cell, metric)}".strip()
+
+
+def _published_rows(sheet: Sheet) -> Iterator[tuple[str, ...]]:
+    for line in sheet.lines:
+        for metric in known(sheet, line):
+            cell = line.cells.get(metric, Cell())
+            seeds = str(cell.ours.n) if cell.ours else ""
+            numbers = published(cell, metric), ours(cell, metric), seeds, change(cell, metric)
+            yield line.label, heading(metric), *numbers
+
+
+# --- forms ---
+
+
+def rich_table(sheet: Sheet) -> Table:
+    """For a terminal."""
+    # Names as Text: what they have in brackets would be markup to rich.
+    shown = Table(title=Text(title(sheet)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    if sheet.published:
+        for name in PUBLISHED:
+            words = name in PUBLISHED[:2]
+            shown.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+        before = ""
+        for label, *cells in _published_rows(sheet):
+            # What is in brackets goes below its number, or a terminal has no room for names.
+            stacked = [cell.replace(" (", "\n(").replace(" [", "\n[") for cell in cells[1:]]
+            shown.add_row(Text(label if label != before else ""), *map(Text, (cells[0], *stacked)))
+            before = label
+        return shown
+    columns = [name for name in sheet.metrics if name not in DETAILS]
+    shown.add_column("control", overflow="fold")
+    shown.add_column("seeds", justify="right")
+    for name in columns:
+        shown.add_column(Text(heading(name)), justify="right", no_wrap=True)
+    for line in sheet.lines:
+        shown.add_row(
+            Text(line.label),
+            str(len(line.seeds)),
+            *(_stacked(line.cells[m], m) if m in line.cells else "" for m in columns),
+        )
+    return shown
+
+
+def _stacked(cell: Cell, metric: str) -> Text:
+    """The difference below its value: side by side, three metrics are wider than a terminal."""
+    lines = [ours(cell, metric)]
+    if cell.difference is not None:
+        lines += [f"Δ {difference(cell.difference, metric)}", interval(cell, metric)]
+    text = Text(lines[0])
+    for line in filter(None, lines[1:]):
+        text.append(f"\n{line}", style="dim")
+    return text
+
+
+def markdown(sheets: Sequence[Sheet], notes: Sequence[str] = ()) -> str:
+    """Tables with all metrics, then what a reader has to know."""
+    lines = []
+    for sheet in sheets:
+        lines += [f"**{_plain(title(sheet))}**", ""]
+        if sheet.published:
+            lines += [_pipes(PUBLISHED), "|---|---|" + "---:|" * (len(PUBLISHED) - 2)]
+            lines += [_pipes(cells) for cells in _published_rows(sheet)]
+        else:
+            headings = ["control", "seeds", *(text for m in sheet.metrics for text in (heading(m), "Δ"))]
+            lines += [_pipes(headings), "|---|" + "---:|" * (len(headings) - 1)]
+            for line in sheet.lines:
+                cells = [line.label, str(len(line.seeds))]
+                for metric in sheet.metrics:
+                    cell = line.cells.get(metric, Cell())
+                    cells += [ours(cell, metric), change(cell, metric)]
+                lines.append(_pipes(cells))
+        lines += ["", *(f"- {_plain(note)}" for note in sheet.notes), *([""] if sheet.notes else [])]
+    lines += [text for note in footnotes(sheets) for text in (note, "")]
+    lines += [f"- {_plain(note)}" for note in notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _pipes(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """On one line, and no markup where a name looks like a tag."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split()))
+
+
+COLUMNS = (
+    *("table", "row", "baseline", "metric", "published", "mean", "std", "seeds"),
+    *("difference", "low", "high", "pairs", "evaluation"),
+)
+
+
+def as_csv(sheets: Sequence[Sheet]) -> str:
+    """One line per row and metric, numbers in full; empty where nothing has run or was published."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for sheet in sheets:
+        for line in sheet.lines:
+            for metric in sheet.metrics:
+                cell = line.cells.get(metric, Cell())
+                found = (cell.ours.mean, cell.ours.std, cell.ours.n) if cell.ours else ("", "", 0)
+                gap = cell.difference
+                apart = (gap.mean, gap.low, gap.high, len(gap.seeds)) if gap else ("", "", "", "")
+                start = (sheet.title, line.label, line.baseline, metric)
+                theirs = "" if cell.published is None else cell.published
+                writer.writerow((*start, theirs, *found, *apart, sheet.chosen or "last"))
+    return file.getvalue()
