@@ -1,5 +1,5 @@
-"""Where knowledge has to move if anything does: a source that has seen all of CIFAR-100, a target that has seen 5 % of it,
-the same classes; from a setting that cannot fail to the paper's own, one change at a time.
+"""Where knowledge has to move if anything does: a source that has seen all of CIFAR-100, a target that has seen 5 % of
+it, the same classes; from a setting that cannot fail to the paper's own, one change at a time.
 
 Run it:   python launchers/positive_control.py --variant layers --compare none noise shuffled --seeds 0 1 2
 Variants: layers (same model; every matrix is drawn to the source's own), classifier (the last matrix alone), width (the
@@ -24,16 +24,13 @@ MATRICES = (
     CLASSIFIER,
 )
 ADAMW = Optim("adamw", lr=2e-3, weight_decay=1e-2)
-MIX = Transfer(
-    "source:", "target:", 1, "full", adapter=AdapterConfig("aligned", input="raw", output="mix"), update="exact"
-)
+DRAWN = AdapterConfig("aligned", input="raw", output="mix")
+MIX = Transfer("source:", "target:", 1, "full", adapter=DRAWN, update="exact")
 MAP = replace(MIX, adapter=AdapterConfig("aligned"))
 ATTENTION = replace(MIX, adapter=AdapterConfig("lpka"))
 
 
-def recipe(
-    name: str, target: str, weights: tuple[str, ...], transfer: Transfer, control: Control = "transfer"
-) -> Recipe:
+def recipe(name: str, target: str, weights: tuple[str, ...], transfer: Transfer) -> Recipe:
     """`transfer` from each of `weights`, or from the source's classifier, into that weight of the target."""
     models = {
         "source": Model("cifar:resnet_tiny", "all", optim=ADAMW, schedule=Schedule("cosine")),
