@@ -469,8 +469,9 @@ class Recipe:
 
 # --- recipes as text ---
 
-BOOKKEEPING = frozenset({"data_dir", "output_dir", "log_every", "eval_every", "save_every", "keep", "workers"})
-"""Fields that change where a run is kept, how often it is looked at and who reads its data, but none of its numbers."""
+BOOKKEEPING = frozenset({"data_dir", "output_dir", "log_every", "eval_every", "save_every", "keep", "workers", "zero"})
+"""Fields that change where a run is kept, how often it is looked at, who reads its data and how ZeRO shares out its
+weights, but none of its numbers."""
 
 
 def to_yaml(recipe: Recipe) -> str:

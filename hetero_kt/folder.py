@@ -24,7 +24,7 @@ import torch.distributed as dist
 from hetero_kt import data
 from hetero_kt.checks import zero_block
 from hetero_kt.config import Recipe, differences, from_yaml, to_yaml
-from hetero_kt.distributed import checkpoint
+from hetero_kt.distributed import layout
 from hetero_kt.models.teacher import Frozen
 from hetero_kt.options import Options, without_local_rank
 from hetero_kt.trainer import Trainer
@@ -50,30 +50,30 @@ def finished_steps(folder: Path) -> int:
         ) from error
 
 
-def look(recipe: Recipe, options: Options, folder: Path, world: int) -> tuple[Path | None, int]:
+def look(recipe: Recipe, options: Options, folder: Path) -> tuple[Path | None, int]:
     """(checkpoint to go on from, steps of a finished run that is not to be repeated).
 
     Raises:
-        ValueError: the folder, or the checkpoint asked for, is of another recipe, torn, or of other ranks.
+        ValueError: the folder, or the checkpoint asked for, is of another recipe, or torn.
     """
-    start = _find_start(recipe, options, folder, world)
+    start = _find_start(recipe, options, folder)
     return start, finished_steps(folder) if options.resume == "auto" else 0
 
 
-def _find_start(recipe: Recipe, options: Options, folder: Path, world: int) -> Path | None:
+def _find_start(recipe: Recipe, options: Options, folder: Path) -> Path | None:
     """The checkpoint to go on from, None for a fresh start; it, and what lies in the folder, must be of this recipe."""
     if options.resume == "never":
         return None
     _check_same_recipe(recipe, folder, options.resume)
     path = folder if options.resume == "auto" else Path(options.resume).resolve()
-    found = checkpoint.complete(path / "checkpoints")
+    found = layout.complete(path / "checkpoints")
     if found:
         path = found[-1]
     elif options.resume == "auto":
         return None
     elif not (path / "DONE").exists():
         raise ValueError(f"--resume {path} holds no complete checkpoint: name a run folder or a checkpoint in it.")
-    checkpoint.check(path, world)
+    layout.check(path)
     _check_same_recipe(recipe, path.parents[1], options.resume)
     return path
 
@@ -119,17 +119,17 @@ def check_same_everywhere(ours: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_same_data(recipe: Recipe, ours: Mapping[str, Mapping[str, Any]], folder: Path, resume: str) -> None:
-    """Compare `fingerprint` with the one in the folder that a run goes on from.
+    """Compare `fingerprint` with the one in the folder that a run goes on from. Its ZeRO stages may be others.
 
     Raises:
-        ValueError: other samples, another teacher, or another ZeRO stage.
+        ValueError: other samples, or another teacher.
     """
     file = folder / "data.json"
     try:
         theirs = json.loads(file.read_text()) if file.exists() else ours
         changed = [
             (kind, name)
-            for kind in ours
+            for kind in ("data", "teachers")
             for name in ours[kind]
             if theirs.get(kind, ours[kind])[name] != ours[kind][name]
         ]
@@ -141,14 +141,9 @@ def check_same_data(recipe: Recipe, ours: Mapping[str, Mapping[str, Any]], folde
                 f"--data-dir {recipe.data_dir} holds another {recipe.data[name].name} than {folder} was trained on: "
                 "name that one's, or use --resume never to begin again."
             )
-        if kind == "teachers":
-            raise ValueError(
-                f"--method.teachers.{name} has other weights than the teacher that {folder} was trained with: name "
-                "that one's, or use --resume never to begin again."
-            )
         raise ValueError(
-            f"--models.{name}.zero {recipe.models[name].zero} is stage {ours[kind][name]} and {folder} was trained at "
-            f"stage {theirs[kind][name]}: give it back, or use --resume never to begin again."
+            f"--method.teachers.{name} has other weights than the teacher that {folder} was trained with: name "
+            "that one's, or use --resume never to begin again."
         )
 
 

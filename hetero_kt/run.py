@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,8 @@ from hetero_kt import parts, plan, report
 from hetero_kt.checks import check
 from hetero_kt.config import Recipe, flat
 from hetero_kt.data import Loader, Unreadable
-from hetero_kt.distributed import launch
+from hetero_kt.distributed import launch, layout
+from hetero_kt.distributed.agreement import UserError, agreed
 from hetero_kt.distributed.heartbeat import Heartbeat
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.folder import (
@@ -62,7 +62,7 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
     try:
         teachers = [(one, FRESH) for one in runs_before(recipe, options, variants)]
         wanted = [(one, options) for one in runs(recipe, options)]
-        with _agreed(ranks):  # hours of a teacher's training before a complaint about its student would be unkind
+        with agreed():  # hours of a teacher's training before a complaint about its student would be unkind
             for one in {one.method.arm: one for one, _ in wanted}.values():
                 parts.check_pairs(one, {made.name for made, _ in teachers})
         with Heartbeat(ranks, options.patience) as pulse:
@@ -86,10 +86,6 @@ def agreed_on(recipe: Recipe, options: Options) -> dict[str, str]:
     return {f"--{path.replace('_', '-')}": str(value) for path, value in fields.items() if path != "data_dir"}
 
 
-class UserError(ValueError):
-    """Wrong input, said in one sentence."""
-
-
 def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal, pulse: Heartbeat | None = None) -> bool:
     """One run, from its newest checkpoint on if there is one; False when a signal stopped it. Collective.
 
@@ -103,25 +99,28 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal, pulse:
     last = min(recipe.steps, options.max_steps or recipe.steps)
     started = time.perf_counter()
     gc.collect()  # engines are full of cycles, and a comparison needs the last run's memory back
-    with _agreed(ranks):
+    with agreed():
         check(recipe, ranks.world)
-        seen: list[Any] = [look(recipe, options, folder, ranks.world) if ranks.first else None]
+        seen: list[Any] = [look(recipe, options, folder) if ranks.first else None]
     dist.broadcast_object_list(seen)  # a shared file system may show others less for a while: the first decides
     start_from, finished = seen[0]
     if finished >= last:
         if ranks.first:
             print(f"{folder} is finished: nothing to do (use --resume never to start over)", flush=True)
         return True
-    with _agreed(ranks):
+    with agreed():
+        if start_from is not None:
+            layout.verify(start_from, ranks.rank, ranks.world)
+    with agreed():
         modules = {name: module.to(ranks.device) for name, module in parts.build_models(recipe).items()}
         train, test = parts.build_loaders(recipe, ranks)
-    with _agreed(ranks):  # by itself: what a method adds is made equal on all ranks, which all have to reach
+    with agreed():  # by itself: what a method adds is made equal on all ranks, which all have to reach
         prepared = parts.prepare(recipe, modules, train, ranks)
-    with _agreed(ranks):
+    with agreed():
         seen_data = fingerprint(recipe, train, test, prepared.teachers)
         if start_from is not None:
             check_same_data(recipe, seen_data, start_from.parents[1], options.resume)
-    with _agreed(ranks):
+    with agreed():
         check_same_everywhere(seen_data)
         if ranks.first:
             open_folder(recipe, options, folder, seen_data)
@@ -176,26 +175,6 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal, pulse:
         for loader in (*train.values(), *test.values()):
             loader.close()
     return done
-
-
-@contextmanager
-def _agreed(ranks: Ranks) -> Iterator[None]:
-    """What goes wrong on any rank inside is raised on every rank, so that none waits for one that has left."""
-    problem = ""
-    try:
-        yield
-    except ValueError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename or 'a file'} cannot be used ({error.strerror or error}): mend that and start again."
-    except Exception as error:  # nobody's input: the sentence ends all ranks, the traceback says where to look
-        traceback.print_exc()
-        problem = f"{type(error).__name__}: {error}"
-    problems: list[str] = [""] * ranks.world
-    dist.all_gather_object(problems, problem)
-    found = next((rank for rank, text in enumerate(problems) if text), None)
-    if found is not None:
-        raise UserError(f"rank {found}: {problems[found]}" if found else problems[0])
 
 
 def _batches(recipe: Recipe, loaders: Mapping[str, Loader], step: int) -> dict[str, Any]:

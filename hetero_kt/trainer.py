@@ -21,8 +21,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hetero_kt.config import Recipe
 from hetero_kt.distributed import checkpoint, params
+from hetero_kt.distributed.checkpoint import Checkpoints, Written
 from hetero_kt.distributed.heartbeat import Heartbeat
-from hetero_kt.distributed.launch import Ranks, StopSignal
+from hetero_kt.distributed.launch import Ranks, StopSignal, fresh_seed, seed_everything
 from hetero_kt.evaluate import averaged_buffers
 from hetero_kt.methods import Diverged, Method
 from hetero_kt.nn.reencode import plain_state_dict
@@ -64,7 +65,7 @@ class Trainer:
         self.measured: Callable[[], Mapping[str, float]] = dict
         self.write_model = write_safetensors
         self.pulse = Heartbeat(ranks, patience=0)
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints = Checkpoints(folder / "checkpoints", recipe.keep, ranks.device)
         self.step = 0
         self.metrics: dict[str, dict[str, float]] = {}
 
@@ -74,13 +75,20 @@ class Trainer:
         return {name: learner.engine for name, learner in self.method.learners.items()}
 
     def resume(self, path: Path) -> None:
-        """Continue from the checkpoint `path`."""
-        shared, local = checkpoint.load(path, self.engines)
+        """Continue from the checkpoint `path`, of any number of ranks at any ZeRO stage. Collective."""
+        shared, saved_by = checkpoint.load(path, self.method.learners)
         self.method.load_state_dict(shared["method"])
-        for name, learner in self.method.learners.items():
-            learner.load_state_dict(shared["learners"][name])
-            learner.load_local_state(local["learners"][name])
         self.step = int(path.name)
+        if path.parent == self.checkpoints.folder:
+            self.checkpoints.last = self.step
+        if saved_by != self.ranks.world:
+            seed_everything(fresh_seed(self.recipe.seed, self.step, self.ranks.rank))
+            if self.ranks.first:
+                print(
+                    f"{path} was saved by {saved_by} ranks and {self.ranks.world} go on: random numbers are drawn "
+                    "afresh for (seed, step, rank), and BatchNorm's averages begin as their mean over the saved ranks",
+                    flush=True,
+                )
 
     def fit(self) -> bool:
         """Train to the end; True when it was reached, False when a signal stopped the run (a checkpoint is written).
@@ -102,19 +110,25 @@ class Trainer:
                 except Diverged:
                     self.log.write(self.step)
                     self.save()
+                    self._finish_saving()
                     raise
-                stops = self._due(min(recipe.log_every, SIGNAL_EVERY)) and self.stop.agreed(self.ranks.device)
+                looks = self._due(min(recipe.log_every, SIGNAL_EVERY))
+                stops = looks and self.stop.agreed(self.ranks.device)
+                if looks:
+                    self._note(self.checkpoints.settle())
                 saves = self._due(recipe.save_every)
                 if stops or saves or self._due(recipe.log_every):
                     self.log.write(self.step)  # a checkpoint's losses are in the log, so that none is told twice
                     self._check_losses()
                 if stops:
                     self.save()
+                    self._finish_saving()
                     return False
                 if self._due(recipe.eval_every):
                     self.evaluate_all()
                 if saves:
                     self.save()
+            self._finish_saving()
         return True
 
     def _due(self, every: int) -> bool:
@@ -130,6 +144,7 @@ class Trainer:
 
     def _check_losses(self) -> None:
         if self.log.not_finite >= NOT_FINITE:
+            self._finish_saving()
             raise Diverged(
                 f"losses were not finite in {NOT_FINITE} intervals of the log in a row: lower a learning rate, and go "
                 "on from the last checkpoint, which was written before."
@@ -155,15 +170,19 @@ class Trainer:
                     yield name, view, engine
 
     def save(self) -> None:
-        """A checkpoint of this step. Collective."""
+        """Begin a checkpoint of this step, which becomes complete while training goes on. Collective."""
         self.pulse.long("saving")
-        learners = self.method.learners
-        shared = {
-            "method": self.method.state_dict(),
-            "learners": {name: learner.state_dict() for name, learner in learners.items()},
-        }
-        local = {"learners": {name: learner.local_state() for name, learner in learners.items()}}
-        checkpoint.save(self.checkpoints, self.step, self.engines, shared, local, keep=self.recipe.keep)
+        method = {"method": self.method.state_dict()}
+        self._note(self.checkpoints.save(self.step, self.method.learners, method))
+
+    def _finish_saving(self) -> None:
+        self.pulse.long("saving")
+        self._note(self.checkpoints.finish())
+
+    def _note(self, written: Written | None) -> None:
+        if written is not None:
+            seconds = {"checkpoint_stall_seconds": written.stall, "checkpoint_write_seconds": written.writing}
+            self.log.record(written.step, seconds)
 
     def export(self) -> None:
         """Every model alone, as plain safetensors: teachers, adapters and connectors gone, factors multiplied out.
@@ -261,7 +280,7 @@ class _Log:
         self.not_finite = 0 if all(map(math.isfinite, values.values())) else self.not_finite + 1
         for at, measured in self._measurements():
             if at < step:
-                self._record(at, measured)
+                self.record(at, measured)
             else:
                 values |= measured
         values |= {"seconds_per_step": seconds / self.count, **self.measured()}
@@ -280,7 +299,7 @@ class _Log:
         """Write `values` of this step, on the first rank."""
         if not self.ranks.first:
             return
-        self._record(step, values)
+        self.record(step, values)
         note = "  ".join(f"{k} {v:.3g}" for k, v in values.items() if k.endswith(SHOWN))
         self.progress.update(self.task, completed=step, note=note)
         evaluated = any("/test_" in name for name in values)
@@ -288,7 +307,8 @@ class _Log:
             self.console.print(f"{self.name}  step {step}/{self.last}  {note}", highlight=False)
             self.said = step
 
-    def _record(self, step: int, values: Mapping[str, float]) -> None:
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """A line of its own, on the first rank; the progress bar stays where it is."""
         if not self.ranks.first:
             return
         # JSON has no NaN and no infinity

@@ -46,7 +46,7 @@ def test_saving_and_evaluating_at_every_step_change_nothing(ranks: Any, tmp_path
     never = tiny.train(ranks(2), tiny.recipe(tmp_path / "never"), Options(), plan)
     always = tiny.recipe(tmp_path / "always", save_every=1, eval_every=1)
     tiny.assert_same_end(tiny.train(ranks(2), always, Options(), plan), never)
-    assert [p.name for p in checkpoint.complete(run_folder(always) / "checkpoints")] == ["5", "6"], "two are kept"
+    assert [p.name for p in layout.complete(run_folder(always) / "checkpoints")] == ["5", "6"], "two are kept"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -60,7 +60,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_the_run_goes_on(
     for rank, step in ((1, 3), (0, 4)):  # the first one comes at a step that is evaluated
         stopped = tiny.train(ranks(2), parts, Options(), Plan(signals=((rank, step, number),)))
         assert [end["done"] for end in stopped] == [False, False]
-        assert checkpoint.complete(folder / "checkpoints")[-1].name == str(step + 1)
+        assert layout.complete(folder / "checkpoints")[-1].name == str(step + 1)
         assert not (folder / "result.json").exists()
     tiny.assert_same_end(tiny.train(ranks(2), parts), uninterrupted)
     assert (folder / "result.json").exists()
@@ -71,7 +71,7 @@ def test_a_signal_is_heeded_long_before_the_next_line_of_the_log(ranks: Any, tmp
     recipe = tiny.recipe(tmp_path, steps=200, log_every=100)
     stopped = tiny.train(ranks(1), recipe, Options(), Plan(signals=((0, 3, signal.SIGUSR1),)))
     assert not stopped[0]["done"]
-    (saved,) = checkpoint.complete(run_folder(recipe) / "checkpoints")
+    (saved,) = layout.complete(run_folder(recipe) / "checkpoints")
     assert saved.name == "10"
     assert "resnet/loss" in tiny.lines(run_folder(recipe))[-1], "what was measured is not lost"
 
@@ -165,7 +165,7 @@ def test_resume_never_begins_again(ranks: Any, tmp_path: Path) -> None:
 def test_a_checkpoint_knows_its_files_and_a_lost_shard_is_named(ranks: Any, tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path, steps=2)
     tiny.train(ranks(2), recipe, Options(max_steps=1))
-    (saved,) = checkpoint.complete(run_folder(recipe) / "checkpoints")
+    (saved,) = layout.complete(run_folder(recipe) / "checkpoints")
     files = json.loads((saved / "DONE").read_text())["files"]
     assert files == {str(f.relative_to(saved)): f.stat().st_size for f in saved.rglob("*.pt")}
     shard = next(name for name in files if "optim_states" in name)

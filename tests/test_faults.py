@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from tiny import Plan
 from hetero_kt import config, models, options
 from hetero_kt import folder as folders
 from hetero_kt import run as running
-from hetero_kt.distributed import checkpoint, launch
+from hetero_kt.distributed import launch, layout
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.folder import run_folder
 from hetero_kt.options import Options
@@ -141,9 +140,11 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "resume, no checkpoint": ((*DIGITS, "--resume", "{folder}/data"), ("--resume {folder}/data", "no complete")),
     "resume, torn": ((*DIGITS, "--resume", "{folder}/2"), ("--resume {folder}/2", "no complete")),
     "resume, renamed": ((*DIGITS, "--resume", "{folder}/best"), ("--resume {folder}/best", "step")),
-    "resume, other ranks": ((*DIGITS, "--resume", "{folder}/4"), ("{folder}/4", "1 rank", "2 now", "start 1")),
-    "resume, lost": ((*DIGITS, "--resume", "{folder}/6"), ("{folder}/6/resnet/shard1.pt is missing", "remove")),
-    "resume, cut": ((*DIGITS, "--resume", "{folder}/7"), ("{folder}/7/rank1.pt has 0 bytes", "with 4", "remove")),
+    "resume, another layout": ((*DIGITS, "--resume", "{folder}/4"), ("{folder}/4", "layout", "--resume never")),
+    "resume, damaged marker": ((*DIGITS, "--resume", "{folder}/5"), ("{folder}/5/DONE cannot be read", "remove")),
+    "resume, lost": ((*DIGITS, "--resume", "{folder}/6"), ("{folder}/6/rank1.safetensors is missing", "remove")),
+    "resume, cut": ((*DIGITS, "--resume", "{folder}/7"), ("{folder}/7/rank1.json has 0 bytes", "with 4", "remove")),
+    "resume, edited": ((*DIGITS, "--resume", "{folder}/8"), ("{folder}/8/rank1.json is not as it was saved", "remove")),
     "resume, another recipe": (
         (*DIGITS, "--seed", "7", "--steps", "60", "--models.resnet.optim.lr", "0.2"),
         ("--resume auto", "another recipe", "models.resnet.optim.lr", "steps", "--output-dir", "--resume never"),
@@ -163,7 +164,19 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-LISTED = defaultdict(dict, {"6": {"rank0.pt": 0, "resnet/shard1.pt": 4, "method.pt": 4}, "7": {"rank1.pt": 4}})
+def marker(step: str) -> str:
+    """What stands in the DONE of a step's checkpoint of 2 ranks, whose files are empty."""
+    names = [f"rank{rank}.{end}" for rank in range(2) for end in ("json", "safetensors")]
+    files = {name: {"bytes": 0, "crc32": "00000000"} for name in names}
+    if step == "4":  # DeepSpeed's files
+        return json.dumps({"step": 4, "ranks": 2, "files": {"rank0.pt": 0}})
+    if step == "5":
+        del files["rank0.json"]
+    if step == "7":
+        files["rank1.json"]["bytes"] = 4
+    if step == "8":
+        files["rank1.json"]["crc32"] = "00000001"
+    return json.dumps({"layout": 2, "ranks": 2, "files": files})
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +188,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (made / "data" / "cifar100" / f"{part}.parquet").write_bytes(b"PAR1 and no more")
     recipe, _ = options.resolve(load(LAUNCHER).VARIANTS, [*DIGITS, "--output-dir", str(made / "runs"), "--seed", "7"])
     run = run_folder(recipe)
-    for saved in (made / "2", made / "4", made / "6", made / "7", made / "best", run / "checkpoints" / "5"):
+    for saved in (*(made / step for step in "245678"), made / "best", run / "checkpoints" / "5"):
         saved.mkdir(parents=True)
         for rank in range(2):
-            (saved / f"rank{rank}.pt").touch()
+            (saved / f"rank{rank}.json").touch()
+            (saved / f"rank{rank}.safetensors").touch()
         if saved.name != "2":
-            (saved / "DONE").write_text(
-                json.dumps({"ranks": 1 if saved.name == "4" else 2, "files": LISTED[saved.name]})
-            )
+            (saved / "DONE").write_text(marker(saved.name if saved.parent == made else "0"))
+    (made / "6" / "rank1.safetensors").unlink()
     (run / "recipe.yaml").write_text(config.to_yaml(recipe))
     damaged = made / "damaged" / "digits_mergenet" / "transfer" / "seed0"
     damaged.mkdir(parents=True)
@@ -363,7 +376,7 @@ def test_five_in_a_row_stop_the_run_with_a_checkpoint(ranks: Any, tmp_path: Path
     ends = tiny.train(ranks(2), recipe, Options(), Plan(poison=2))
     assert all("5 proposals in a row" in end["diverged"] for end in ends)
     folder = run_folder(recipe)
-    assert [path.name for path in checkpoint.complete(folder / "checkpoints")] == ["12"]  # 2, 4, 6, 8 and 10 were bad
+    assert [path.name for path in layout.complete(folder / "checkpoints")] == ["12"]  # 2, 4, 6, 8 and 10 were bad
     assert tiny.lines(folder)[-1]["step"] == 12
     assert not (folder / "result.json").exists()
     assert all("done" not in end for end in ends)
@@ -474,7 +487,7 @@ def test_real_ranks_stopped_by_usr1_and_then_killed_end_like_uninterrupted_ones(
                 os.killpg(process.pid, signal.SIGKILL)
     assert [process.returncode for process in pair] == [0, 0], said
     assert not (folder / "result.json").exists()
-    saved = checkpoint.complete(folder / "checkpoints")
+    saved = layout.complete(folder / "checkpoints")
     assert 3 <= int(saved[-1].name) < LONG
 
     # SIGKILL to everything that `deepspeed` has started, wherever it is

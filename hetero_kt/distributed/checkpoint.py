@@ -1,140 +1,237 @@
-"""All engines of a run under one tag, made valid by a marker written last; resume from the newest complete one.
+"""Checkpoints of a run, written while it goes on; resume on any number of ranks at any ZeRO stage.
 
-    checkpoints/<step>/<engine>/...   DeepSpeed's own files: weights, fp32 masters, moments
-    checkpoints/<step>/rank<k>.pt     what only rank k knows: its buffers and random state
-    checkpoints/<step>/method.pt      what is equal on all ranks and no engine's: adapters, their optimizers, averages
-    checkpoints/<step>/DONE           written last: every other file's size; without it the folder does not count
+At a save every rank copies what it holds to host memory, and a thread of its own writes the files (`layout` says
+which) while training continues; ranks send each other nothing for that. Once all threads are done, which the ranks
+find out at one of the next looks at signals, the first rank writes DONE. A kill at any moment leaves the last complete
+checkpoint.
 
-Saving changes no state: every rank's buffers are kept as they are, so a resumed run is bit-equal to an uninterrupted
-one. DeepSpeed loads its own files with pickle; ours are read as plain tensors, which runs no code.
+Saving changes no state: every rank's buffers and random state are kept as they are, so that a run resumed on the same
+number of ranks is bit-equal to an uninterrupted one. On another number floating-point buffers become the mean over the
+saved ranks, which is what an evaluation sees, and random state begins afresh; weights, moments and averages are the
+same to the bit.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import shutil
-from collections.abc import Mapping
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
-from torch import nn
+from safetensors import SafetensorError
 
-REMOVE = "remove this checkpoint to go on from an older one"
+from hetero_kt.distributed import layout
+from hetero_kt.distributed.agreement import UserError, agreed
+from hetero_kt.distributed.layout import Entry, Saved, SavedModel
+from hetero_kt.distributed.learner import Learner
+from hetero_kt.messages import first_line
 
 
-def save(
-    folder: Path,
-    step: int,
-    engines: Mapping[str, DeepSpeedEngine],
-    shared: Mapping[str, Any],
-    local: Mapping[str, Any],
-    keep: int = 2,
-) -> Path:
-    """Write `folder/<step>`; collective. Older complete checkpoints beyond `keep` go, and so do torn ones.
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that has become complete."""
+
+    step: int
+    stall: float
+    """Seconds that training stood still for it on this rank."""
+    writing: float
+    """Seconds that the slowest rank wrote beside training."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
 
     Args:
-        shared: plain state that is equal on all ranks and in no engine; the first rank's is written.
-        local: each rank's own.
+        folder: gets a folder for each step.
+        keep: complete ones that stay.
+        device: of this rank's tensors in collectives.
     """
-    target = folder / str(step)
-    if (target / "DONE").exists():
-        return target
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-    dist.barrier()
-    for name, engine in engines.items():
-        # A change in what other engines wait for would hang: every rank saves every engine, in the same order.
-        engine.save_checkpoint(str(target), tag=name, save_latest=False)
-    mine = {
-        "buffers": {name: dict(engine.module.named_buffers()) for name, engine in engines.items()},
-        "random": random_state(),
-        "local": dict(local),
-    }
-    torch.save(mine, target / f"rank{rank}.pt")
-    if rank == 0:
-        torch.save(dict(shared), target / "method.pt")
-    dist.barrier()
-    if rank == 0:
-        sizes = {str(file.relative_to(target)): file.stat().st_size for file in target.rglob("*.pt")}
-        (target / "DONE.part").write_text(json.dumps({"step": step, "ranks": dist.get_world_size(), "files": sizes}))
-        os.replace(target / "DONE.part", target / "DONE")
-        for old in complete(folder)[:-keep]:
-            (old / "DONE").unlink()  # first the marker: a kill in between must not leave half of a valid one
-        for path in folder.glob("*"):
-            if path.name.isdigit() and not (path / "DONE").exists():
-                shutil.rmtree(path)
-    dist.barrier()
-    return target
+
+    def __init__(self, folder: Path, keep: int, device: torch.device) -> None:
+        self.folder, self.keep, self.device = folder, keep, device
+        self.last = -1
+        """Step of the newest checkpoint that this run has written or begun from."""
+        self._host = _Host()
+        self._writing: _Writing | None = None
+
+    def save(self, step: int, learners: Mapping[str, Learner], shared: Mapping[str, Any]) -> Written | None:
+        """Begin a checkpoint of `step`, unless there is one of it already; returns the last one if it has become
+        complete only now. Collective.
+
+        Args:
+            shared: plain state that is equal on all ranks and of no learner; the first rank's is written.
+
+        Raises:
+            UserError: this one's folder or the last one's files could not be written.
+        """
+        before = self.finish()
+        if step == self.last:
+            return before
+        began = time.perf_counter()
+        target, rank = self.folder / str(step), dist.get_rank()
+        with agreed():
+            if rank == 0:
+                _make_room(target)
+        trees: dict[str, Any] = {
+            "own": {
+                "models": {name: learner.own() for name, learner in learners.items()},
+                "random": random_state(),
+            },
+            **({"shared": dict(shared)} if rank == 0 else {}),
+        }
+        entries = [entry for name, learner in learners.items() for entry in learner.entries(name)]
+        entries += [entry for kind, tree in trees.items() for entry in layout.leaves(tree, kind)]
+        about = {
+            "models": {name: learner.about() for name, learner in learners.items()},
+            **{kind: layout.described(tree, kind) for kind, tree in trees.items()},
+        }
+        self._writing = _Writing(target, rank, self._host.copy(entries), about)
+        self._writing.stall = time.perf_counter() - began
+        return before
+
+    def settle(self) -> Written | None:
+        """Complete the checkpoint that is being written if all ranks have written their files. Collective."""
+        if self._writing is None:
+            return None
+        busy = torch.tensor(int(self._writing.is_alive()), device=self.device)
+        dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+        return None if busy.item() else self.finish()
+
+    def finish(self) -> Written | None:
+        """Wait for the checkpoint that is being written and complete it. Collective.
+
+        Raises:
+            UserError: some rank could not write; the last complete checkpoint is as it was.
+        """
+        if self._writing is None:
+            return None
+        began = time.perf_counter()
+        writing, self._writing = self._writing, None
+        writing.join()
+        first, step = dist.get_rank() == 0, int(writing.target.name)
+        try:
+            with agreed():
+                if writing.problem:
+                    raise ValueError(writing.problem)
+            found: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, (writing.files, writing.seconds))
+            with agreed():
+                if first:
+                    self._complete(writing.target, [files for files, _ in found])
+        except UserError:
+            if first:
+                shutil.rmtree(writing.target, ignore_errors=True)  # a full disk has better use for it
+            raise
+        self.last = step
+        stall = writing.stall + time.perf_counter() - began
+        return Written(step, stall, max(seconds for _, seconds in found))
+
+    def _complete(self, target: Path, files: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            layout.write_done(target, len(files), {name: about for one in files for name, about in one.items()})
+        except OSError as error:
+            raise ValueError(_cannot_write(target, error)) from error
+        layout.prune(self.folder, self.keep)
 
 
-def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [p for p in folder.glob("*") if p.name.isdigit() and (p / "DONE").exists()]
-    return sorted(found, key=lambda p: int(p.name))
+class _Writing(threading.Thread):
+    """Writes one rank's files; joined before its results are looked at. Starts at once."""
+
+    def __init__(self, target: Path, rank: int, entries: Sequence[Entry], about: Mapping[str, Any]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.target, self.rank, self.entries, self.about = target, rank, entries, about
+        self.files: dict[str, Any] = {}
+        self.problem, self.seconds, self.stall = "", 0.0, 0.0
+        self.start()
+
+    def run(self) -> None:
+        began = time.perf_counter()
+        try:
+            self.files = layout.write_rank(self.target, self.rank, self.entries, self.about)
+        except (OSError, SafetensorError) as error:
+            self.problem = _cannot_write(self.target, error)
+        except Exception as error:  # nobody's input
+            traceback.print_exc()
+            self.problem = f"{type(error).__name__}: {error}"
+        self.seconds = time.perf_counter() - began
 
 
-def check(path: Path, world: int) -> None:
-    """Refuse, before any engine starts, what `load` cannot restore on `world` ranks.
+class _Host:
+    """Copies in host memory, pinned for a GPU; kept between saves, since making them costs more than filling them."""
 
-    Raises:
-        ValueError: not a complete checkpoint, a renamed or damaged one, or one of another number of ranks.
-    """
-    if not (path / "DONE").exists():
-        raise ValueError(f"--resume {path} is not a complete checkpoint (no DONE in it): name a complete one.")
-    if not path.name.isdigit():
-        raise ValueError(f"--resume {path} is not named by its step: give the checkpoint its number back.")
+    def __init__(self) -> None:
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def copy(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The same entries as they are now, whatever training does to them afterwards."""
+        kept, self.buffers = self.buffers, {}
+        for entry in entries:
+            tensor, buffer = entry.tensor.detach(), kept.get(entry.key)
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self.buffers[entry.key] = buffer.copy_(tensor, non_blocking=True)
+        if any(entry.tensor.is_cuda for entry in entries):
+            torch.cuda.current_stream().synchronize()
+        return [replace(entry, tensor=self.buffers[entry.key]) for entry in entries]
+
+
+def _make_room(target: Path) -> None:
+    """An empty folder `target`; what an earlier kill has left there goes."""
     try:
-        done = json.loads((path / "DONE").read_text())
-        saved, sizes = int(done["ranks"]), dict(done["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume: {path / 'DONE'} cannot be read: {REMOVE}.") from error
-    if saved != world:
-        raise ValueError(
-            f"--resume: {path} was written by {saved} rank(s) and there are {world} now: "
-            f"start {saved}, or begin again with --resume never."
-        )
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"--resume: {file} is missing: {REMOVE}.")
-        if file.stat().st_size != size:
-            raise ValueError(f"--resume: {file} has {file.stat().st_size} bytes and was saved with {size}: {REMOVE}.")
+        (target / "DONE").unlink(missing_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(_cannot_write(target, error)) from error
 
 
-def load(path: Path, engines: Mapping[str, DeepSpeedEngine]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restore every engine, this rank's buffers and its random state; returns what was saved as (`shared`, this rank's
-    `local`). Collective.
+def _cannot_write(target: Path, error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return (
+        f"the checkpoint {target} cannot be written ({reason}): make room, or mend the folder, and start the same "
+        "command again, which goes on from the last complete one."
+    )
+
+
+# --- reading ---
+
+
+def load(path: Path, learners: Mapping[str, Learner]) -> tuple[dict[str, Any], int]:
+    """Restore every learner and, on the same number of ranks, this rank's random state; returns what was saved as
+    `shared`, and the number of ranks that saved. Collective.
 
     Raises:
-        ValueError: as `check`.
-        RuntimeError: DeepSpeed found nothing to load.
+        UserError: a damaged checkpoint, or one of other models.
     """
-    check(path, dist.get_world_size())
-    for name, engine in engines.items():
-        found, _ = engine.load_checkpoint(str(path), tag=name)
-        if found is None:
-            raise RuntimeError(f"{path} holds nothing that DeepSpeed can load for {name}.")
-    mine = torch.load(path / f"rank{dist.get_rank()}.pt", weights_only=True, map_location="cpu")
-    for name, engine in engines.items():
-        restore_buffers(engine.module, mine["buffers"][name])
-    restore_random_state(mine["random"])
-    # Onto the CPU: `load_state_dict` moves what belongs elsewhere, and Adam's step counts belong nowhere else.
-    return torch.load(path / "method.pt", weights_only=True, map_location="cpu"), mine["local"]
+    rank = dist.get_rank()
+    with agreed(), Saved(path) as saved:
+        same = saved.ranks == dist.get_world_size()
+        own = saved.tree("own", rank) if same else {"models": saved_buffers(saved)}
+        for name, learner in learners.items():
+            learner.restore(SavedModel(saved, name), own["models"][name])
+        shared = saved.tree("shared")
+    for learner in learners.values():
+        learner.refresh()
+    if same:
+        restore_random_state(own["random"])
+    return shared, saved.ranks
 
 
-def restore_buffers(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Put `buffers` back in place, to the bit."""
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
+def saved_buffers(saved: Saved) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """Every model's buffers, as one of the ranks that saved them: model -> kind -> name -> buffer."""
+    trees = [saved.tree("own", rank)["models"] for rank in range(saved.ranks)]
+    return {
+        model: {kind: layout.mean_over_ranks([tree[model][kind] for tree in trees]) for kind in kinds}
+        for model, kinds in trees[0].items()
+    }
 
 
 def random_state() -> dict[str, Any]:

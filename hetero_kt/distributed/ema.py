@@ -2,20 +2,20 @@
 
 Every rank averages the pieces of the fp32 masters that ZeRO has given it, so that an update costs no communication
 and a rank's share of the memory shrinks with the number of ranks. Whole weights are put together only where they are
-asked for: in `applied` and `state_dict`.
+asked for, in `applied`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
+
+from hetero_kt.distributed.pieces import Piece, pieces
 
 _TOGETHER = 2**26
 """Elements that are gathered in one go, if one weight alone has not more: 256 MiB."""
@@ -39,8 +39,7 @@ class EMA:
         _check(engine)
         self.engine, self.decay = engine, decay
         self.updates = 0
-        named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-        self._pieces = [_piece(engine, name, parameter) for name, parameter in named]
+        self._pieces = [piece for piece in pieces(engine) if piece.parameter.requires_grad]
         self._averages = [piece.master().detach().clone() for piece in self._pieces]
         kept = engine.module.state_dict().keys()
         self._buffers = {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
@@ -91,52 +90,20 @@ class EMA:
                     buffer.copy_(before)
                 self._settle()
 
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
-        """`updates`, and `weights`: whole fp32 averages by name, on the CPU of the first rank, which writes them; empty
-        on the others. Collective."""
-        assert not self._in_use, "while the average is applied, the model's own state dict is the average"
-        first, weights = dist.get_rank() == 0, {}
-        for piece, whole in self._whole():
-            if first:
-                weights[piece.name] = whole.to("cpu", copy=True)
-        return {"updates": self.updates, "weights": weights}
+    def pieces(self) -> list[tuple[Piece, Tensor]]:
+        """This rank's piece of every weight's average, itself and not a copy."""
+        assert not self._in_use, "while the average is applied, the model's own weights are in its place"
+        return list(zip(self._pieces, self._averages, strict=True))
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take this rank's pieces of the first rank's `state_dict()`, which every rank is given, from its file. Any
-        number of ranks at any ZeRO stage may have written it.
+    def buffers(self) -> dict[str, Tensor]:
+        """This rank's averaged buffers by name, themselves and not copies."""
+        assert not self._in_use, "while the average is applied, the model's own buffers are not here"
+        return dict(self._buffer_averages)
 
-        Raises:
-            ValueError: it is that of another model.
-        """
-        weights = state["weights"]
-        ours = {piece.name: tuple(piece.shape) for piece in self._pieces}
-        theirs = {name: tuple(value.shape) for name, value in weights.items()}
-        for name in dict.fromkeys((*ours, *theirs)):
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"the saved average holds {name} as {theirs.get(name)} and the model trains it as "
-                    f"{ours.get(name)}: resume with the model that it was saved from."
-                )
-        for average, piece in zip(self._averages, self._pieces, strict=True):
-            own = weights[piece.name].reshape(-1)[piece.start : piece.start + piece.numel]
-            average.copy_(own.view(average.shape))
-        self.updates = int(state["updates"])
-
-    def local_state(self) -> dict[str, Tensor]:
-        """This rank's averaged buffers, by name."""
-        return {name: average.clone() for name, average in self._buffer_averages.items()}
-
-    def load_local_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `local_state()`."""
-        for name, average in self._buffer_averages.items():
-            average.copy_(state[name])
-
-    def _whole(self) -> Iterator[tuple[_Piece, Tensor]]:
+    def _whole(self) -> Iterator[tuple[Piece, Tensor]]:
         """Every weight's whole average in turn, for use before the next one. Collective; bounded memory."""
         if self.engine.zero_optimization_stage() == 0:
-            yield from zip(self._pieces, self._averages, strict=True)
+            yield from ((piece, own.view(piece.shape)) for piece, own in zip(self._pieces, self._averages, strict=True))
             return
         for members in _bounded([piece.shape.numel() for piece in self._pieces]):
             sizes = [self._pieces[i].shape.numel() for i in members]
@@ -187,50 +154,6 @@ class EMA:
         # ZeRO-3 gathers on a stream of its own, which does not wait for this one.
         if self.engine.zero_optimization_stage() == 3 and self.engine.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-
-
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """The part of one weight whose fp32 master this rank holds; its owner may be another rank altogether."""
-
-    name: str
-    parameter: Any
-    """An nn.Parameter, with what DeepSpeed hangs on it."""
-    optimizer: Any
-    """DeepSpeed's."""
-    shape: torch.Size
-    """Of the whole weight."""
-    start: int
-    """Of the part, in the flattened weight."""
-    numel: int
-    group: Any
-    """Ranks that hold the other parts."""
-
-    def master(self) -> Tensor:
-        """The master itself, not a copy; looked up each time, since DeepSpeed may move it."""
-        if hasattr(self.parameter, "ds_id"):
-            # Not `safe_get_local_fp32_param`, which waits for the device at every weight.
-            index, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(self.parameter)]
-            return self.optimizer.fp32_partitioned_groups_flat[index].detach().narrow(0, offset, self.numel)
-        if hasattr(self.parameter, "_hp_mapping"):
-            mapping = self.parameter._hp_mapping
-            return torch.empty(0) if mapping is None else mapping.get_hp_fragment().detach()
-        return self.parameter.detach()
-
-
-def _piece(engine: DeepSpeedEngine, name: str, parameter: Any) -> _Piece:
-    shape, start, group = parameter.shape, 0, None
-    numel = shape.numel()
-    if hasattr(parameter, "ds_id"):
-        shape, group = torch.Size(parameter.ds_shape), parameter.ds_process_group
-        size = parameter.ds_tensor.ds_numel
-        start = min(dist.get_rank(group) * size, shape.numel())
-        numel = min(size, shape.numel() - start)  # the last pieces are padded
-    elif hasattr(parameter, "_hp_mapping"):
-        group, mapping = parameter._dp_group, parameter._hp_mapping
-        address = mapping.lp_fragment_address if mapping is not None else None
-        start, numel = (address.start, address.numel) if address is not None else (0, 0)
-    return _Piece(name, parameter, engine.optimizer, shape, start, numel, group)
 
 
 def _check(engine: DeepSpeedEngine) -> None:

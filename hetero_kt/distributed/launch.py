@@ -143,6 +143,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def fresh_seed(*numbers: int) -> int:
+    """A seed below 2^32 that depends on all of `numbers`, which are not negative."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def make_deterministic() -> None:
     """Only algorithms that give the same bits again. To be called before CUDA starts: cuBLAS reads its setting then."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

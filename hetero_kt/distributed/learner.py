@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from hetero_kt.config import Model
 from hetero_kt.distributed.ema import EMA
 from hetero_kt.distributed.engine import build_engine, build_schedule
+from hetero_kt.distributed.layout import Entry, SavedModel
+from hetero_kt.distributed.pieces import Piece, fill, pieces, rates, refresh, set_rates
 
 
 class Learner:
@@ -25,6 +29,7 @@ class Learner:
 
     def __init__(self, engine: DeepSpeedEngine, schedule: Scheduler, average: EMA | None = None) -> None:
         self.engine, self.schedule, self.average = engine, schedule, average
+        self.pieces = pieces(engine)
 
     def begin(self, step: int) -> None:
         """Set the learning rate of optimizer step `step`."""
@@ -49,21 +54,86 @@ class Learner:
             with self.average.applied():
                 yield self.engine
 
-    def state_dict(self) -> dict[str, Any]:
-        """What all ranks share and no engine's own checkpoint holds; whole on the first, for its file. Collective."""
-        return {} if self.average is None else {"average": self.average.state_dict()}
+    # --- what a checkpoint holds of it ---
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def entries(self, name: str) -> list[Entry]:
+        """What this rank writes of what there is for each element: masters, frozen weights, moments, averages. What all
+        ranks have is shared out among them."""
+        held = [
+            (kind, piece, tensor)
+            for piece in self.pieces
+            for kind, tensor in {"weight": piece.master(), **piece.moments()}.items()
+        ]
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            held += [("average", piece, tensor) for piece, tensor in self.average.pieces()]
+        rank, world = dist.get_rank(), dist.get_world_size()
+        return [
+            Entry(tensor, name, kind, piece.name, tuple(piece.shape), piece.start, piece.stop)
+            for i, (kind, piece, tensor) in enumerate(held)
+            if piece.numel and (piece.group is not None or i % world == rank)
+        ]
 
-    def local_state(self) -> dict[str, Any]:
-        """What only this rank has."""
-        return {} if self.average is None else {"average": self.average.local_state()}
+    def about(self) -> dict[str, Any]:
+        """Its numbers; those of weights from this rank's pieces."""
+        counted = {piece.name: numbers for piece in self.pieces if (numbers := piece.numbers())}
+        return {
+            "steps": self.engine.global_steps,
+            "samples": self.engine.global_samples,
+            "skipped": self.engine.skipped_steps,
+            "rates": rates(self.engine),
+            "updates": 0 if self.average is None else self.average.updates,
+            "numbers": counted,
+        }
 
-    def load_local_state(self, state: dict[str, Any]) -> None:
+    def own(self) -> dict[str, dict[str, Tensor]]:
+        """What only this rank has: its buffers, those that a state dict leaves out, and its averages of the first."""
+        module = self.engine.module
+        kept = module.state_dict().keys()
+        buffers = dict(module.named_buffers())
+        return {
+            "buffers": {name: buffer for name, buffer in buffers.items() if name in kept},
+            "unsaved": {name: buffer for name, buffer in buffers.items() if name not in kept},
+            "averages": {} if self.average is None else self.average.buffers(),
+        }
+
+    @torch.no_grad()
+    def restore(self, saved: SavedModel, own: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take its state over, this rank's part of it; `refresh` has to follow.
+
+        Raises:
+            ValueError: it is that of another model.
+        """
+        average = [] if self.average is None else self.average.pieces()
+        self._check_same(saved.shapes, self.pieces, saved)
+        self._check_same(saved.averages, [piece for piece, _ in average], saved)
+        fill(self.engine, self.pieces, saved)
+        set_rates(self.engine, saved.about["rates"])
+        self.engine.global_steps = int(saved.about["steps"])
+        self.engine.global_samples = int(saved.about["samples"])
+        self.engine.skipped_steps = int(saved.about["skipped"])
+        buffers = dict(self.engine.module.named_buffers())
+        for name, values in {**own["buffers"], **own["unsaved"]}.items():
+            buffers[name].copy_(values)
         if self.average is not None:
-            self.average.load_local_state(state["average"])
+            self.average.updates = int(saved.about["updates"])
+            for piece, tensor in average:
+                if piece.numel:
+                    tensor.copy_(saved.read("average", piece.name, piece.start, piece.stop))
+            for name, tensor in self.average.buffers().items():
+                tensor.copy_(own["averages"][name])
+
+    def _check_same(self, theirs: Mapping[str, tuple[int, ...]], pieces: Sequence[Piece], saved: SavedModel) -> None:
+        ours = {piece.name: tuple(piece.shape) for piece in pieces}
+        for name in dict.fromkeys((*ours, *theirs)):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{saved.saved.path} holds {saved.model}'s {name} as {theirs.get(name)} and the model has it as "
+                    f"{ours.get(name)}: resume with the model that was saved, or begin again with --resume never."
+                )
+
+    def refresh(self) -> None:
+        """Make what forward uses from what `restore` has read. Collective."""
+        refresh(self.engine, self.pieces)
 
 
 def build_learner(module: nn.Module, model: Model, zero: dict[str, Any], *, rows: int, steps: int) -> Learner:
