@@ -79,7 +79,7 @@ class Trainer:
         shared, saved_by = checkpoint.load(path, self.method.learners)
         self.method.load_state_dict(shared["method"])
         self.step = int(path.name)
-        if path.parent == self.checkpoints.folder:
+        if path.resolve().parent == self.checkpoints.folder.resolve():
             self.checkpoints.last = self.step
         if saved_by != self.ranks.world:
             seed_everything(fresh_seed(self.recipe.seed, self.step, self.ranks.rank))
