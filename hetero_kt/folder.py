@@ -3,6 +3,7 @@
 <output_dir>/<recipe>/<control>/seed<k>/
     recipe.yaml, data.json     what the run is of; a resume has to agree with both
     metrics.jsonl, tensorboard/, checkpoints/, export/
+    lock                       while a job is at work in it
     result.json                written last: it marks a finished run
 """
 
@@ -13,7 +14,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from hetero_kt import data
 from hetero_kt.checks import zero_block
 from hetero_kt.config import Recipe, differences, from_yaml, to_yaml
 from hetero_kt.distributed import layout
+from hetero_kt.distributed.agreement import agreed
+from hetero_kt.distributed.launch import Ranks
+from hetero_kt.lock import Lock
 from hetero_kt.models.teacher import Frozen
 from hetero_kt.options import Options, without_local_rank
 from hetero_kt.trainer import Trainer
@@ -147,6 +152,27 @@ def check_same_data(recipe: Recipe, ours: Mapping[str, Mapping[str, Any]], folde
         )
 
 
+@contextmanager
+def owned(recipe: Recipe, folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, no other job works in the folder, which exists. Collective.
+
+    Raises:
+        UserError: another job does, or the folder cannot be written.
+    """
+    lock = Lock(folder)
+    with agreed():
+        if ranks.first:
+            try:
+                lock.take()
+            except OSError as error:
+                raise ValueError(_cannot_write(recipe, error)) from error
+    try:
+        yield
+    finally:
+        if ranks.first:
+            lock.release()
+
+
 def open_folder(recipe: Recipe, options: Options, folder: Path, seen_data: Mapping[str, Any]) -> None:
     """Make the folder this run's; with --resume never what lay in it goes.
 
@@ -157,9 +183,11 @@ def open_folder(recipe: Recipe, options: Options, folder: Path, seen_data: Mappi
         _clear_and_sign(recipe, options, folder)
         _write_whole(folder / "data.json", json.dumps(seen_data, indent=1) + "\n")
     except OSError as error:
-        raise ValueError(
-            f"--output-dir {recipe.output_dir} cannot be written ({error.strerror}: {error.filename}): name another."
-        ) from error
+        raise ValueError(_cannot_write(recipe, error)) from error
+
+
+def _cannot_write(recipe: Recipe, error: OSError) -> str:
+    return f"--output-dir {recipe.output_dir} cannot be written ({error.strerror}: {error.filename}): name another."
 
 
 def _clear_and_sign(recipe: Recipe, options: Options, folder: Path) -> None:

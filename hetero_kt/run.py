@@ -32,6 +32,7 @@ from hetero_kt.folder import (
     fingerprint,
     look,
     open_folder,
+    owned,
     run_folder,
     write_result,
 )
@@ -96,18 +97,32 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal, pulse:
     pulse = pulse or Heartbeat(ranks, patience=0)
     pulse.long("preparing the run")
     folder = run_folder(recipe)
-    last = min(recipe.steps, options.max_steps or recipe.steps)
-    started = time.perf_counter()
-    gc.collect()  # engines are full of cycles, and a comparison needs the last run's memory back
     with agreed():
         check(recipe, ranks.world)
         seen: list[Any] = [look(recipe, options, folder) if ranks.first else None]
     dist.broadcast_object_list(seen)  # a shared file system may show others less for a while: the first decides
     start_from, finished = seen[0]
-    if finished >= last:
+    if finished >= min(recipe.steps, options.max_steps or recipe.steps):
         if ranks.first:
             print(f"{folder} is finished: nothing to do (use --resume never to start over)", flush=True)
         return True
+    with owned(recipe, folder, ranks):
+        return _run(recipe, options, ranks, stop, pulse, folder, start_from)
+
+
+def _run(
+    recipe: Recipe,
+    options: Options,
+    ranks: Ranks,
+    stop: StopSignal,
+    pulse: Heartbeat,
+    folder: Path,
+    start_from: Path | None,
+) -> bool:
+    """The run in a folder that is ours."""
+    last = min(recipe.steps, options.max_steps or recipe.steps)
+    started = time.perf_counter()
+    gc.collect()  # engines are full of cycles, and a comparison needs the last run's memory back
     with agreed():
         if start_from is not None:
             layout.verify(start_from, ranks.rank, ranks.world)

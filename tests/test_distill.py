@@ -714,7 +714,7 @@ def start(arguments: list[str]) -> tuple[Any, str, str]:
     with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
         patch.setattr(running.parts, "build_learner", no_engine)
         patch.setattr(Frozen, "start", no_engine)
-        patch.setattr(launch, "start", lambda: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
+        patch.setattr(launch, "start", lambda *_: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
         patch.setattr(dist, "destroy_process_group", lambda: None)
         patch.setattr(options, "PATIENCE", 0.0)
         patch.setattr(sys, "argv", ["cifar_fbt.py", "--variant", "digits", *arguments])

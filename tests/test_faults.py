@@ -55,7 +55,7 @@ def start(arguments: list[str], frozen: str = "") -> tuple[Any, str, str]:
     with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
         patch.setattr(running.parts, "build_learner", no_engine)
         patch.setattr(models, "build", with_frozen)
-        patch.setattr(launch, "start", lambda: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
+        patch.setattr(launch, "start", lambda *_: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
         patch.setattr(dist, "destroy_process_group", lambda: None)
         patch.setattr(options, "PATIENCE", 0.0)
         patch.setattr(sys, "argv", ["cifar_mergenet.py", *arguments])
@@ -139,7 +139,7 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "resume, no folder": ((*DIGITS, "--resume", "{folder}/x"), ("--resume {folder}/x", "auto, never or the path")),
     "resume, no checkpoint": ((*DIGITS, "--resume", "{folder}/data"), ("--resume {folder}/data", "no complete")),
     "resume, torn": ((*DIGITS, "--resume", "{folder}/2"), ("--resume {folder}/2", "no complete")),
-    "resume, renamed": ((*DIGITS, "--resume", "{folder}/best"), ("--resume {folder}/best", "step")),
+    "resume, renamed": ((*DIGITS, "--resume", "{folder}/best"), ("{folder}/best", "step")),
     "resume, another layout": ((*DIGITS, "--resume", "{folder}/4"), ("{folder}/4", "layout", "--resume never")),
     "resume, damaged marker": ((*DIGITS, "--resume", "{folder}/5"), ("{folder}/5/DONE cannot be read", "remove")),
     "resume, lost": ((*DIGITS, "--resume", "{folder}/6"), ("{folder}/6/rank1.safetensors is missing", "remove")),
@@ -303,7 +303,7 @@ def deterministic(arguments: list[str]) -> list[str]:
     """In which order a start sets up."""
     order: list[str] = []
 
-    def begin() -> Ranks:
+    def begin(*_: object) -> Ranks:
         order.append("start")
         raise ValueError("no further.")
 
@@ -322,7 +322,7 @@ def test_deterministic_is_set_before_cuda_starts(ranks: Any) -> None:
 
 
 def wrong_environment(arguments: list[str]) -> tuple[Any, str, str]:
-    def half() -> None:
+    def half(*_: object) -> None:
         raise ValueError("RANK is set but MASTER_ADDR is not: start with deepspeed.")
 
     out, err = io.StringIO(), io.StringIO()
@@ -412,7 +412,7 @@ def fail(error: Exception) -> tuple[list[str], Any]:
 
     with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept(), contextlib.redirect_stderr(io.StringIO()):
         patch.setattr(running, "run", failing)
-        patch.setattr(launch, "start", lambda: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
+        patch.setattr(launch, "start", lambda *_: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
         patch.setattr(dist, "destroy_process_group", lambda: done.append("left the group"))
         patch.setattr(options, "PATIENCE", 0.0)
         patch.setattr(sys, "argv", ["cifar_mergenet.py", *DIGITS])
