@@ -39,7 +39,7 @@ class Tied(nn.Module):
         self.register_buffer("mask", torch.tensor([0.0, -torch.inf] * 5), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.outer(self.inner(self.frozen(self.body(x))).relu() * self.mask.exp())
+        return self.scale * self.outer(self.inner(self.frozen(self.body(x))).relu() * self.mask.exp().to(x.dtype))
 
 
 def learner_of(stage: int, precision: str, optim: str, seed: int = 0) -> Learner:

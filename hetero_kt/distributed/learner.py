@@ -59,19 +59,20 @@ class Learner:
     def entries(self, name: str) -> list[Entry]:
         """What this rank writes of what there is for each element: masters, frozen weights, moments, averages. What all
         ranks have is shared out among them."""
-        held = [
-            (kind, piece, tensor)
-            for piece in self.pieces
-            for kind, tensor in {"weight": piece.master(), **piece.moments()}.items()
-        ]
-        if self.average is not None:
-            held += [("average", piece, tensor) for piece, tensor in self.average.pieces()]
+        averages = {piece.name: tensor for piece, tensor in self.average.pieces()} if self.average is not None else {}
         rank, world = dist.get_rank(), dist.get_world_size()
-        return [
-            Entry(tensor, name, kind, piece.name, tuple(piece.shape), piece.start, piece.stop)
-            for i, (kind, piece, tensor) in enumerate(held)
-            if piece.numel and (piece.group is not None or i % world == rank)
-        ]
+        found = []
+        for i, piece in enumerate(self.pieces):
+            if not piece.numel or (piece.group is None and i % world != rank):
+                continue
+            held = {"weight": piece.master(), **piece.moments()}
+            if piece.name in averages:
+                held["average"] = averages[piece.name]
+            found += [
+                Entry(tensor, name, kind, piece.name, tuple(piece.shape), piece.start, piece.stop)
+                for kind, tensor in held.items()
+            ]
+        return found
 
     def about(self) -> dict[str, Any]:
         """Its numbers; those of weights from this rank's pieces."""
