@@ -108,8 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=_shards)
 
-    command = commands.add_parser("export", help="say where a run's plain weights lie")
-    command.add_argument("run", metavar="RUN", help="a run folder, or one that holds some")
+    command = commands.add_parser(
+        "export", help="say where a run's plain weights lie; of an unfinished one write them from its last checkpoint"
+    )
+    command.add_argument("run", metavar="RUN", help="a run folder, one that holds some, or a checkpoint")
     command.add_argument(
         "--official",
         metavar="FILE",
@@ -307,6 +309,7 @@ def _shards(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from hetero_kt.distributed import layout
     from hetero_kt.report import runs
 
     if arguments.official:
@@ -315,22 +318,39 @@ def _export(arguments: argparse.Namespace) -> int:
         Trained(arguments.run).write_official(arguments.official)
         print(arguments.official)
         return 0
-    found = runs.find([arguments.run], demand=True)
-    for run in found:
-        if not run.finished:
+    if (Path(arguments.run) / "DONE").is_file():
+        _write_export(Path(arguments.run))
+        return 0
+    some = False
+    for run in runs.find([arguments.run], demand=True):
+        export = run.folder / "export"
+        files = sorted([*export.glob("*.safetensors"), *export.glob("*/model.safetensors")])
+        saved = layout.complete(run.folder / "checkpoints")
+        if run.finished and files:
+            for file in files:
+                print(file)
+        elif saved and (not run.finished or saved[-1].name == str(run.steps)):
+            if not run.finished:
+                print(f"{run.folder} {run.problem}: these are its weights of step {saved[-1].name}.", file=sys.stderr)
+            _write_export(saved[-1], export)
+        elif run.finished:
+            raise ValueError(f"export: {run.folder} has lost its export: start its launcher again with --resume never.")
+        else:
             print(
                 f"{run.folder} {run.problem}: start its launcher again with the same options, "
                 "which resumes it and exports at the end.",
                 file=sys.stderr,
             )
             continue
-        export = run.folder / "export"
-        files = sorted([*export.glob("*.safetensors"), *export.glob("*/model.safetensors")])
-        if not files:
-            raise ValueError(f"export: {run.folder} has lost its export: start its launcher again with --resume never.")
-        for file in files:
-            print(file)
-    return 0 if any(run.finished for run in found) else 1
+        some = True
+    return 0 if some else 1
+
+
+def _write_export(checkpoint: Path, to: Path | None = None) -> None:
+    from hetero_kt.export import write
+
+    for file in write(checkpoint, to):
+        print(file)
 
 
 def _ask(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -65,14 +64,13 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def whole(average: EMA) -> dict[str, Any]:
-    """The state that the first rank would write, as every rank would read it; only the first has the weights."""
-    state = average.state_dict()
-    assert bool(state["weights"]) == (dist.get_rank() == 0)
-    shared = [state]
-    dist.broadcast_object_list(shared)
-    assert shared[0]["updates"] == state["updates"]
-    return shared[0]
+def whole(average: EMA) -> dict[str, Tensor]:
+    """The averaged weights on every rank."""
+    return {piece.name: value.clone() for piece, value in average._whole()}
+
+
+def buffers(average: EMA) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in average.buffers().items()}
 
 
 def references(world: int) -> Iterator[list[ModelEmaV3]]:
@@ -104,13 +102,13 @@ def against_timm(stage: int) -> list[str]:
     for step, averages in enumerate(references(dist.get_world_size())):
         train(engine, average, range(step, step + 1))
         expected = averages[dist.get_rank()].module.state_dict()
-        found = whole(average)["weights"] | average.local_state()
+        found = whole(average) | buffers(average)
         if set(found) != set(expected) - {"fc.bias"}:  # frozen
             wrong.append(f"names {set(found) ^ set(expected)}")
         wrong += [f"{step} {k}" for k in found if not torch.allclose(found[k], expected[k], rtol=0, atol=1e-6)]
     if stage == 3:
         assert engine.module.conv.weight.ds_status == ZeroParamStatus.NOT_AVAILABLE
-    assert not torch.allclose(whole(average)["weights"]["conv.weight"], params.state_dict(engine)["conv.weight"])
+    assert not torch.allclose(whole(average)["conv.weight"], params.state_dict(engine)["conv.weight"])
     engine.destroy()
     return wrong
 
@@ -131,7 +129,7 @@ def against_masters(stage: int, precision: str, block: dict[str, Any]) -> tuple[
         train(engine, average, range(step, step + 1))
         shadow.load_state_dict(params.state_dict(engine))
         expected.update(shadow, step=step + 1)
-    found = whole(average)["weights"]
+    found = whole(average)
     names = found.keys()
     fine = any(not torch.equal(value, value.bfloat16().float()) for value in found.values())
     equal = all(torch.equal(found[name], expected.module.state_dict()[name]) for name in names)
@@ -175,7 +173,7 @@ def applying(stage: int, precision: str, block: dict[str, Any]) -> dict[str, boo
     train(engine, average, range(3))
     logits(model)  # leaves weights of a ZeRO-3 model gathered, for a backward that does not come
     before = state_of(engine)
-    saved, local = whole(average)["weights"], average.local_state()
+    saved, local = whole(average), buffers(average)
     plain = model_of(precision)
     plain.load_state_dict(saved | local, strict=False)
     plain.to(next(model.parameters()).dtype)
@@ -187,7 +185,7 @@ def applying(stage: int, precision: str, block: dict[str, Any]) -> dict[str, boo
         result["reads"] = all(torch.equal(inside[name], saved[name]) for name in saved)
         result["buffers"] = all(torch.equal(inside[name], local[name]) for name in local)
     result["restored"] = same(state_of(engine), before)
-    result["average kept"] = same(whole(average)["weights"], saved) and same(average.local_state(), local)
+    result["average kept"] = same(whole(average), saved) and same(buffers(average), local)
     try:
         with average.applied():
             logits(model)
@@ -220,79 +218,6 @@ def test_the_applied_average_computes_and_leaves_no_trace(
 ) -> None:
     for result in ranks(2).run(applying, stage, precision, block):
         assert all(result.values()), result
-
-
-def resumed(stage: int, precision: str) -> bool:
-    """Three steps, saved; two more, with and without a load in between."""
-    engine = engine_of(stage, precision)
-    average = EMA(engine, DECAY)
-    train(engine, average, range(3))
-    state, local = copy.deepcopy(whole(average)), average.local_state()
-    fresh = EMA(engine, DECAY)
-    fresh.load_state_dict(state)
-    fresh.load_local_state(local)
-    good = same(whole(fresh)["weights"], state["weights"]) and same(fresh.local_state(), local)
-    for step in range(3, 5):
-        train(engine, average, range(step, step + 1))
-        fresh.update()
-    good &= same(whole(fresh)["weights"], whole(average)["weights"])
-    good &= same(fresh.local_state(), average.local_state()) and fresh.updates == average.updates == 5
-    engine.destroy()
-    return good
-
-
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
-def test_a_saved_average_goes_on_to_the_bit(ranks: Any, stage: int, precision: str) -> None:
-    assert all(ranks(2).run(resumed, stage, precision))
-
-
-def saved_average(stage: int) -> dict[str, Any]:
-    engine = engine_of(stage)
-    average = EMA(engine, DECAY)
-    train(engine, average, range(3))
-    state = whole(average)
-    engine.destroy()
-    return {"updates": state["updates"], "weights": {name: v.numpy() for name, v in state["weights"].items()}}
-
-
-def taken_over(stage: int, state: dict[str, Any]) -> bool:
-    engine = engine_of(stage)
-    average = EMA(engine, DECAY)
-    weights = {name: torch.from_numpy(value) for name, value in state["weights"].items()}
-    average.load_state_dict(state | {"weights": weights})
-    good = same(whole(average)["weights"], weights) and average.updates == 3
-    engine.destroy()
-    return good
-
-
-@pytest.mark.parametrize(("there", "here"), [((3, 2), (1, 1)), ((1, 1), (3, 2)), ((2, 2), (0, 1))])
-def test_an_average_moves_to_other_ranks_and_stages(ranks: Any, there: tuple[int, int], here: tuple[int, int]) -> None:
-    state = ranks(there[1]).run(saved_average, there[0])[0]
-    assert all(ranks(here[1]).run(taken_over, here[0], state))
-
-
-def refusals() -> list[str]:
-    messages = []
-    engine = engine_of(1)
-    average = EMA(engine, DECAY)
-    state = whole(average)
-    for weights in (
-        {name: v for name, v in state["weights"].items() if name != "conv.weight"},
-        state["weights"] | {"conv.weight": torch.zeros(7, 3, 5, 5)},
-        state["weights"] | {"elsewhere": torch.zeros(1)},
-    ):
-        try:
-            average.load_state_dict(state | {"weights": weights})
-        except ValueError as error:
-            messages.append(str(error))
-    engine.destroy()
-    return messages
-
-
-def test_the_average_of_another_model_is_refused_by_the_weight_s_name(ranks: Any) -> None:
-    for messages in ranks(1).run(refusals):
-        assert ["conv.weight" in m for m in messages] == [True, True, False]
-        assert "elsewhere" in messages[2]
 
 
 class Elsewhere:
@@ -334,10 +259,10 @@ def many_gathers() -> bool:
     engine = engine_of(1)
     average = EMA(engine, DECAY)
     train(engine, average, range(2))
-    together = whole(average)["weights"]
+    together = whole(average)
     bound, ema._TOGETHER = ema._TOGETHER, 8
     try:
-        alone = whole(average)["weights"]
+        alone = whole(average)
     finally:
         ema._TOGETHER = bound
     engine.destroy()

@@ -19,6 +19,7 @@ from hetero_kt import data, parts
 from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer
 from hetero_kt.distributed import params
 from hetero_kt.distributed.learner import build_learner
+from hetero_kt.export import write
 from hetero_kt.folder import run_folder
 from hetero_kt.methods import mergenet
 from hetero_kt.methods.mergenet import Exchange, Site
@@ -222,6 +223,11 @@ def test_exports_are_transformers_own(ranks: Any, tmp_path: Path) -> None:
     words = AutoTokenizer.from_pretrained(export / "bert")
     assert words.tokenize("When was the bridge sold?") == ["when", "was", "the", "bridge", "sold", "?"]
     assert end["done"]
+    for file in write(run_folder(base) / "checkpoints" / str(base.steps)):  # without engines
+        theirs = export / file.parent.name
+        assert {one.name for one in file.parent.iterdir()} == {one.name for one in theirs.iterdir()}
+        tiny.assert_equal(load_file(file), load_file(theirs / file.name), file.parent.name)
+        assert (file.parent / "config.json").read_text() == (theirs / "config.json").read_text()
 
 
 def test_a_trained_bert_survives_the_default_adapter_and_not_the_published_one() -> None:

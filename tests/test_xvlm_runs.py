@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hetero_kt import checks, cli, data, options, parts, plan
@@ -24,6 +26,7 @@ from hetero_kt.debug import shrink
 from hetero_kt.distributed import params
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.distributed.learner import build_learner
+from hetero_kt.export import write
 from hetero_kt.folder import run_folder
 from hetero_kt.methods import mergenet
 from hetero_kt.methods.mergenet import Exchange, Site
@@ -432,6 +435,13 @@ def test_an_average_can_be_exported_and_asked(ranks: Any, tmp_path: Path, capsys
     made = replace(base, models={"xvlm": replace(base.models["xvlm"], ema=0.9)})
     tiny.train(ranks(1), made)
     export = run_folder(made) / "export"
+    again = write(run_folder(made) / "checkpoints" / "2")  # without engines
+    assert [file.parent.name for file in again] == ["xvlm", "xvlm_ema"]
+    for file in again:
+        theirs = export / file.parent.name
+        tiny.assert_equal(load_file(file), load_file(theirs / file.name), file.parent.name)
+        assert (file.parent / "config.json").read_text() == (theirs / "config.json").read_text()
+    shutil.rmtree(again[0].parents[1])
     with pytest.raises(SystemExit):
         cli.main(["export", str(run_folder(made)), "--official", str(tmp_path / "x.th")])
     assert "holds 2 models: name one, " in capsys.readouterr().err

@@ -214,7 +214,7 @@ def load(path: Path, learners: Mapping[str, Learner]) -> tuple[dict[str, Any], i
     rank = dist.get_rank()
     with agreed(), Saved(path) as saved:
         same = saved.ranks == dist.get_world_size()
-        own = saved.tree("own", rank) if same else {"models": saved_buffers(saved)}
+        own = saved.tree("own", rank) if same else {"models": saved.buffers()}
         for name, learner in learners.items():
             learner.restore(SavedModel(saved, name), own["models"][name])
         shared = saved.tree("shared")
@@ -223,15 +223,6 @@ def load(path: Path, learners: Mapping[str, Learner]) -> tuple[dict[str, Any], i
     if same:
         restore_random_state(own["random"])
     return shared, saved.ranks
-
-
-def saved_buffers(saved: Saved) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    """Every model's buffers, as one of the ranks that saved them: model -> kind -> name -> buffer."""
-    trees = [saved.tree("own", rank)["models"] for rank in range(saved.ranks)]
-    return {
-        model: {kind: layout.mean_over_ranks([tree[model][kind] for tree in trees]) for kind in kinds}
-        for model, kinds in trees[0].items()
-    }
 
 
 def random_state() -> dict[str, Any]:

@@ -297,6 +297,14 @@ class Saved:
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._unreadable(rank, error) from error
 
+    def buffers(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """Every model's buffers as one for all ranks: model -> kind -> name -> buffer."""
+        trees = [self.tree("own", rank)["models"] for rank in range(self.ranks)]
+        return {
+            model: {kind: mean_over_ranks([tree[model][kind] for tree in trees]) for kind in kinds}
+            for model, kinds in trees[0].items()
+        }
+
     def _open(self, rank: int) -> Any:
         if rank not in self._opened:
             try:
