@@ -27,7 +27,7 @@ from hetero_kt import data
 from hetero_kt.checks import zero_block
 from hetero_kt.config import Recipe, differences, from_yaml, to_yaml
 from hetero_kt.distributed import layout
-from hetero_kt.distributed.agreement import agreed
+from hetero_kt.distributed.agreement import Unwritable, agreed
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.lock import Lock
 from hetero_kt.models.teacher import Frozen
@@ -223,7 +223,10 @@ def write_result(recipe: Recipe, folder: Path, trainer: Trainer, measured: Mappi
         "command": " ".join([Path(sys.executable).name, sys.argv[0], *without_local_rank(sys.argv[1:])]),
         **measured,
     }
-    _write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    try:
+        _write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise Unwritable(folder / "result.json", error) from error
 
 
 def commit() -> str:

@@ -23,7 +23,7 @@ from hetero_kt.checks import check
 from hetero_kt.config import Recipe, flat
 from hetero_kt.data import Loader, Unreadable
 from hetero_kt.distributed import launch, layout
-from hetero_kt.distributed.agreement import UserError, agreed
+from hetero_kt.distributed.agreement import Unwritable, UserError, agreed
 from hetero_kt.distributed.heartbeat import Heartbeat
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.folder import (
@@ -74,7 +74,7 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
         # All ranks are here. After an error of one rank only, leaving the group would wait for the others.
         dist.destroy_process_group()
         leave(error, status=1 if isinstance(error, Diverged) else 2)
-    except Unreadable as error:  # of this rank only: whoever started the ranks ends the others
+    except (Unreadable, Unwritable) as error:  # of this rank only: whoever started the ranks ends the others
         leave(error, alone=True)
     dist.destroy_process_group()
     if finished and ranks.first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,12 +16,14 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from hetero_kt.config import Recipe
 from hetero_kt.distributed import checkpoint, params
+from hetero_kt.distributed.agreement import Unwritable
 from hetero_kt.distributed.checkpoint import Checkpoints, Written
 from hetero_kt.distributed.heartbeat import Heartbeat
 from hetero_kt.distributed.launch import Ranks, StopSignal, fresh_seed, seed_everything
@@ -191,9 +194,12 @@ class Trainer:
         for name, view, engine in self._views():
             state = params.state_dict(engine)
             if self.ranks.first:
-                (self.folder / "export").mkdir(exist_ok=True)
                 plain = {key: value.contiguous() for key, value in plain_state_dict(state).items()}
-                self.write_model(name, engine.module, plain, self.folder / "export" / view)
+                try:
+                    (self.folder / "export").mkdir(exist_ok=True)
+                    self.write_model(name, engine.module, plain, self.folder / "export" / view)
+                except (OSError, SafetensorError) as error:
+                    raise Unwritable(self.folder / "export" / view, error) from error
         dist.barrier()
 
 
@@ -254,8 +260,9 @@ class _Log:
     def __exit__(self, *_: object) -> None:
         if self.ranks.first:
             self.progress.stop()
-            self.file.close()
-            self.board.close()
+            with contextlib.suppress(OSError):  # has been said where it was written
+                self.file.close()
+                self.board.close()
 
     def add(self, step: int, scalars: Mapping[str, Tensor]) -> None:
         """One step's scalars, left where they are."""
@@ -313,6 +320,9 @@ class _Log:
             return
         # JSON has no NaN and no infinity
         written = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, **written}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        try:
+            self.file.write(json.dumps({"step": step, **written}) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        except OSError as error:
+            raise Unwritable(self.folder / "metrics.jsonl", error) from error

@@ -47,6 +47,10 @@ def test_saving_and_evaluating_at_every_step_change_nothing(ranks: Any, tmp_path
     always = tiny.recipe(tmp_path / "always", save_every=1, eval_every=1)
     tiny.assert_same_end(tiny.train(ranks(2), always, Options(), plan), never)
     assert [p.name for p in layout.complete(run_folder(always) / "checkpoints")] == ["5", "6"], "two are kept"
+    lines = [json.loads(line) for line in (run_folder(always) / "metrics.jsonl").read_text().splitlines()]
+    cost = [line for line in lines if "checkpoint_stall_seconds" in line]
+    assert [line["step"] for line in cost] == [1, 2, 3, 4, 5, 6]
+    assert all(line["checkpoint_stall_seconds"] > 0 and line["checkpoint_write_seconds"] > 0 for line in cost)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

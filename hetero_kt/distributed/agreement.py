@@ -8,9 +8,22 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from hetero_kt.messages import first_line
+
 
 class UserError(ValueError):
     """Wrong input, said in one sentence; raised on all ranks."""
+
+
+class Unwritable(ValueError):
+    """A file of the run that the first rank alone writes; the others go on, until whoever started them ends them."""
+
+    def __init__(self, path: object, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        super().__init__(
+            f"{path} cannot be written ({reason}): make room, or mend the folder, and start the same command again, "
+            "which goes on from the last complete checkpoint."
+        )
 
 
 @contextmanager

@@ -29,10 +29,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from hetero_kt.distributed import layout
-from hetero_kt.distributed.agreement import UserError, agreed
+from hetero_kt.distributed.agreement import Unwritable, UserError, agreed
 from hetero_kt.distributed.layout import Entry, Saved, SavedModel
 from hetero_kt.distributed.learner import Learner
-from hetero_kt.messages import first_line
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class Checkpoints:
         try:
             layout.write_done(target, len(files), {name: about for one in files for name, about in one.items()})
         except OSError as error:
-            raise ValueError(_cannot_write(target, error)) from error
+            raise Unwritable(f"the checkpoint {target}", error) from error
         layout.prune(self.folder, self.keep)
 
 
@@ -149,15 +148,16 @@ class _Writing(threading.Thread):
         super().__init__(name="checkpoint", daemon=True)
         self.target, self.rank, self.entries, self.about = target, rank, entries, about
         self.files: dict[str, Any] = {}
-        self.problem, self.seconds, self.stall = "", 0.0, 0.0
+        self.problem, self.seconds, self.stall = f"{target} was not written to its end.", 0.0, 0.0
         self.start()
 
     def run(self) -> None:
         began = time.perf_counter()
         try:
             self.files = layout.write_rank(self.target, self.rank, self.entries, self.about)
+            self.problem = ""
         except (OSError, SafetensorError) as error:
-            self.problem = _cannot_write(self.target, error)
+            self.problem = str(Unwritable(f"the checkpoint {self.target}", error))
         except Exception as error:  # nobody's input
             traceback.print_exc()
             self.problem = f"{type(error).__name__}: {error}"
@@ -190,15 +190,7 @@ def _make_room(target: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(_cannot_write(target, error)) from error
-
-
-def _cannot_write(target: Path, error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-    return (
-        f"the checkpoint {target} cannot be written ({reason}): make room, or mend the folder, and start the same "
-        "command again, which goes on from the last complete one."
-    )
+        raise Unwritable(f"the checkpoint {target}", error) from error
 
 
 # --- reading ---
