@@ -151,7 +151,11 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
             raise ValueError(f"{option}.{field} {value} is out of range: use at least 0 and less than 1.")
     if model.pretrained and model.init:
         raise ValueError(f"{option}.pretrained and {option}.init both say where to start: give one of them.")
-    stage = zero_block(model.zero, f"{option}.zero")["stage"]
+    block = zero_block(model.zero, f"{option}.zero")
+    stage = block["stage"]
+    for part in ("offload_param", "offload_optimizer"):
+        if isinstance(block.get(part), dict) and block[part].get("device") == "nvme":
+            raise ValueError(f"{option}.zero {model.zero} has {part} on nvme, where no checkpoint reaches it: use cpu.")
     if stage == 0 and model.precision == "bf16":
         raise ValueError(
             f"{option}.zero {model.zero} is stage 0, which keeps no master copy of bf16 parameters: "

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hetero_kt import data, parts
 from hetero_kt.config import Recipe, from_yaml
-from hetero_kt.distributed.layout import Saved, SavedModel, verify
+from hetero_kt.distributed.layout import verify
+from hetero_kt.distributed.saved import Saved, SavedModel
 from hetero_kt.nn.reencode import plain_state_dict
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import pickle
 import shutil
 import signal
 import zlib
@@ -205,3 +208,28 @@ def test_another_data_set_is_not_gone_on_with(ranks: Any, tmp_path: Path, what: 
     with pytest.raises(RuntimeError, match=r"UserError: --data-dir elsewhere holds another generated than .*never"):
         ranks(1).run(with_other, recipe, what)
     assert tiny.train(ranks(1), recipe)[0]["first_step"] == 1
+
+
+def heard(base: Recipe, options: Options) -> tuple[bytes, str]:
+    """A run on this rank, and what it has printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        end = tiny._train(base, options, Plan(dropout=0.4))
+    return end, out.getvalue()
+
+
+def test_resume_takes_another_number_of_ranks_and_another_stage(ranks: Any, tmp_path: Path) -> None:
+    """The whole of a run: what each part begins with is what the one before ended with."""
+    before: dict[str, Any] = {}
+    for world, stage, steps in ((2, 3, 2), (1, 1, 3), (2, 2, 4)):
+        recipe = tiny.with_average(tiny.recipe(tmp_path, stage, save_every=1, log_every=2))
+        found = ranks(world).run(heard, recipe, Options(max_steps=steps))
+        ends = [pickle.loads(end) for end, _ in found]
+        for end in ends if before else ():
+            assert end["first_step"] == steps - 1
+            tiny.assert_equal(end["began"], before, f"{world} rank(s) at stage {stage}")
+        news = f"was saved on {3 - world} rank(s), and {world} go on: random numbers are drawn afresh"
+        assert (news in found[0][1]) == bool(before)
+        before = ends[0]["whole"]
+    streams = [end["random"]["torch"] for end in ends]
+    assert not torch.equal(*streams), "each rank draws its own"
+    assert [line["step"] for line in tiny.lines(run_folder(recipe)) if "resnet/loss" in line] == [1, 2, 3, 4]

@@ -69,6 +69,14 @@ def test_an_epoch_shows_every_sample_once(world):
     assert epochs[0] != epochs[1], "the second epoch is in the first one's order"
 
 
+def test_an_epoch_that_is_gone_on_with_on_other_ranks_shows_every_sample_once():
+    images = numbered(64)
+    seen = []
+    for step, world in enumerate((1, 2, 4, 1)):
+        seen += [Loader(images, 16, 3, (), rank, world).batch(step)[1] for rank in range(world)]
+    assert torch.cat(seen).sort().values.tolist() == list(range(64))
+
+
 def test_the_short_last_batch_is_left_out():
     loader = Loader(numbered(50), 16, 0, ())
     assert loader.steps_per_epoch == 3

@@ -32,9 +32,10 @@ from hetero_kt import config, data, models, options
 from hetero_kt import run as running
 from hetero_kt.config import Data, Distill, Mix, Model, Optim, Schedule, Teacher, Transform
 from hetero_kt.data import Loader
-from hetero_kt.distributed import launch, layout, params
+from hetero_kt.distributed import launch, params
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.distributed.learner import build_learner
+from hetero_kt.distributed.saved import Saved, SavedModel
 from hetero_kt.folder import run_folder
 from hetero_kt.methods import distill
 from hetero_kt.methods.fbt import FBT
@@ -125,12 +126,12 @@ def test_student_and_connector_are_saved_and_the_student_alone_is_exported(
         "DONE",
         *(f"rank{r}.{e}" for r in (0, 1) for e in ("json", "safetensors")),
     }
-    with layout.Saved(saved) as found:
+    with Saved(saved) as found:
         assert {model for model, _, _ in found.wholes} == {"student", "fused"}
         kinds = {"weight", "momentum_buffer", "average"}
         assert {kind for model, kind, _ in found.wholes if model == "student"} == kinds, "one moment for each weight"
         for model in ("student", "fused"):
-            weights = layout.SavedModel(found, model)
+            weights = SavedModel(found, model)
             assert all(torch.equal(weights.whole("weight", key), w) for key, w in ends[0][model].items())
             assert weights.shapes.keys() == ends[0][model].keys()
     tensors = [t.flatten().float() for rank in (0, 1) for t in load_file(saved / f"rank{rank}.safetensors").values()]

@@ -708,3 +708,13 @@ def test_differences_name_fields_that_decide_numbers() -> None:
     fewer = replace(recipe(), method=MergeNet({}), steps=1)
     assert "method.transfers.to_resnet50.rank" in config.differences(recipe(), fewer)
     assert "steps" in config.differences(fewer, recipe())
+
+
+@pytest.mark.parametrize("part", ["offload_param", "offload_optimizer"])
+def test_what_no_checkpoint_reaches_is_refused(tmp_path: Path, part: str) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"stage": 3, part: {"device": "nvme", "nvme_path": "/local"}}))
+    made = recipe()
+    away = replace(made, models={name: replace(model, zero=str(file)) for name, model in made.models.items()})
+    with pytest.raises(ValueError, match=rf"--models\.resnet50\.zero .* has {part} on nvme.*: use cpu"):
+        checks.check(away, 1)

@@ -99,6 +99,16 @@ def test_two_ranks_with_two_workers_see_every_sample_once_an_epoch(set_folder):
             reader.close()
 
 
+def test_an_epoch_that_is_gone_on_with_on_other_ranks_shows_every_sample_once(set_folder):
+    seen = []
+    for step, world in ((0, 1), (1, 2), (2, 4), (3, 1)):
+        for rank in range(world):
+            reader = of_shards(set_folder, rank, world, workers=rank % 2)
+            seen += reader.batch(step)[1].tolist()
+            reader.close()
+    assert sorted(seen) == list(range(48))
+
+
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_resume_in_the_middle_gives_the_same_batches(set_folder, count):

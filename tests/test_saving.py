@@ -24,12 +24,13 @@ from small import Convolutions, batch, loss, zero
 from torch import nn
 
 from hetero_kt import folder as folders
-from hetero_kt import trainer
+from hetero_kt import log, trainer
 from hetero_kt.config import Model, Optim, Schedule
 from hetero_kt.distributed import checkpoint, layout
 from hetero_kt.distributed.agreement import Unwritable, UserError
 from hetero_kt.distributed.checkpoint import Checkpoints
 from hetero_kt.distributed.learner import Learner, build_learner
+from hetero_kt.distributed.saved import Saved, SavedModel
 from hetero_kt.folder import run_folder
 from hetero_kt.options import Options
 
@@ -191,8 +192,8 @@ def slow(folder: str) -> list[Any]:
         saving._writing.join()  # type: ignore[union-attr]
         dist.barrier()
         written = saving.settle()
-    with layout.Saved(place / "1") as saved:
-        held = layout.SavedModel(saved, "one")
+    with Saved(place / "1") as saved:
+        held = SavedModel(saved, "one")
         same = all(torch.equal(held.read("weight", p.name, p.start, p.stop), before[p.name]) for p in learner.pieces)
     moved = any(not torch.equal(p.master(), before[p.name]) for p in learner.pieces)
     assert written is not None
@@ -327,7 +328,7 @@ def without_room(base: Any, name: str) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         if name == "metrics.jsonl":
-            patch.setattr(trainer.SummaryWriter, "add_scalar", no_space)
+            patch.setattr(log.SummaryWriter, "add_scalar", no_space)
         if name == "export/resnet":
             patch.setattr(trainer, "save_file", no_space)
         if name == "result.json":

@@ -86,6 +86,11 @@ def distillation(folder: Path, stage: int = 1, objective: Objective = "fbt", **c
     return replace(made, **changes)
 
 
+def with_average(base: Recipe) -> Recipe:
+    """`base` with an average of every model's weights."""
+    return replace(base, models={name: replace(model, ema=0.5) for name, model in base.models.items()})
+
+
 def with_student(base: Recipe, **changes: Any) -> Recipe:
     """`base` with its one model changed."""
     ((name, model),) = base.models.items()
@@ -135,6 +140,7 @@ def _train(base: Recipe, options: Options, plan: Plan) -> bytes:
     class Watched(Trainer):
         def fit(self) -> bool:
             end["first_step"] = self.step
+            end["began"] = whole(self)
             start, batches = copy.deepcopy(_buffers(self)), self.batches
             teachers = [t.module for t in getattr(getattr(self.method, "objective", None), "teachers", {}).values()]
             known = copy.deepcopy([teacher.state_dict() for teacher in teachers])
@@ -160,6 +166,7 @@ def _train(base: Recipe, options: Options, plan: Plan) -> bytes:
                 return super().fit()
             finally:
                 end.update(state(self))
+                end["whole"] = whole(self)
                 pairs = zip(leaves(start), leaves(end["buffers"]), strict=True)
                 end["moved"] = any(not torch.equal(one, other) for one, other in pairs)
                 if teachers:
@@ -208,6 +215,16 @@ def state(trainer: Trainer) -> dict[str, Any]:
     found["random"] = checkpoint.random_state()
     found["metrics"] = trainer.metrics
     return copy.deepcopy(found)
+
+
+def whole(trainer: Trainer) -> dict[str, Any]:
+    """What is one for all ranks, whatever their number and stage: weights, averages, mean buffers, adapters."""
+    found: dict[str, Any] = {"method": copy.deepcopy(trainer.method.state_dict())}
+    for name, learner in trainer.method.learners.items():
+        for view in learner.views(name):
+            with learner.seen_as(name, view) as engine, averaged_buffers(engine.module):
+                found[view] = params.state_dict(engine)
+    return found
 
 
 def _buffers(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
@@ -290,7 +307,7 @@ def assert_same_end(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) ->
             assert_equal(one[key], other[key], f"rank {rank}: {key}")
 
 
-ASIDE = ("done", "diverged", "first_step", "moved", "warnings", "after_export", "logits")
+ASIDE = ("done", "diverged", "first_step", "began", "moved", "warnings", "after_export", "logits")
 """What two runs that end in the same state may differ in."""
 
 

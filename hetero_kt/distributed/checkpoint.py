@@ -30,8 +30,9 @@ from safetensors import SafetensorError
 
 from hetero_kt.distributed import layout
 from hetero_kt.distributed.agreement import Unwritable, UserError, agreed
-from hetero_kt.distributed.layout import Entry, Saved, SavedModel
+from hetero_kt.distributed.layout import Entry
 from hetero_kt.distributed.learner import Learner
+from hetero_kt.distributed.saved import Saved, SavedModel
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from hetero_kt.config import Model
 from hetero_kt.distributed.ema import EMA
 from hetero_kt.distributed.engine import build_engine, build_schedule
-from hetero_kt.distributed.layout import Entry, SavedModel
+from hetero_kt.distributed.layout import Entry
 from hetero_kt.distributed.pieces import Piece, fill, pieces, rates, refresh, set_rates
+from hetero_kt.distributed.saved import SavedModel
 
 
 class Learner:

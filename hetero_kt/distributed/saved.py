@@ -1,0 +1,192 @@
+"""A complete checkpoint, read piece by piece: whoever reads may have other ranks, another ZeRO stage, or none at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hetero_kt.distributed.layout import REMOVE, check
+from hetero_kt.messages import first_line
+
+
+@dataclass(frozen=True)
+class _Part:
+    start: int
+    stop: int
+    rank: int
+    key: str
+
+
+@dataclass
+class _Whole:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: list[_Part]
+
+
+class Saved:
+    """A complete checkpoint, read piece by piece. To be closed, or used in a `with`.
+
+    Raises:
+        ValueError: as `check`, or files that do not belong together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.step = path, int(path.name)
+        self.ranks = int(check(path)["ranks"])
+        self._opened: dict[int, Any] = {}
+        self._stack = ExitStack()
+        self.wholes: dict[tuple[str, str, str], _Whole] = {}
+        """(model, kind, name) -> where its parts are."""
+        self.about: list[dict[str, Any]] = []
+        """Each rank's index."""
+        for rank in range(self.ranks):
+            file = path / f"rank{rank}.json"
+            try:
+                index = json.loads(file.read_text())
+                for key, entry in index["tensors"].items():
+                    self._add(rank, key, entry)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{file} cannot be read ({first_line(error)}): {REMOVE}.") from error
+            self.about.append(index)
+        for (model, kind, name), whole in self.wholes.items():
+            whole.parts.sort(key=lambda part: (part.start, part.stop))
+            ends = [0, *(part.stop for part in whole.parts)]
+            if ends[:-1] != [part.start for part in whole.parts] or ends[-1] != torch.Size(whole.shape).numel():
+                raise ValueError(f"{path} does not hold all of {model}'s {name} ({kind}): {REMOVE}.")
+
+    def _add(self, rank: int, key: str, entry: Mapping[str, Any]) -> None:
+        if not entry["model"]:
+            return  # of a tree, which knows its tensors
+        shape, (start, stop) = tuple(map(int, entry["shape"])), map(int, entry["range"])
+        dtype = getattr(torch, entry["dtype"])
+        if not isinstance(dtype, torch.dtype) or min(shape, default=0) < 0:
+            raise ValueError(f"{key} is of {entry['dtype']} and shape {shape}")
+        whole = self.wholes.setdefault((entry["model"], entry["kind"], entry["name"]), _Whole(shape, dtype, []))
+        if (whole.shape, whole.dtype) != (shape, dtype):
+            raise ValueError(f"{key} is of another shape or dtype than other ranks say")
+        whole.parts.append(_Part(start, stop, rank, key))
+
+    def __enter__(self) -> Saved:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, model: str, kind: str, name: str, start: int = 0, stop: int = -1) -> Tensor:
+        """Elements [start, stop) of a flattened weight, moment or average; all of them without a range."""
+        whole = self.wholes[model, kind, name]
+        stop = torch.Size(whole.shape).numel() if stop < 0 else stop
+        out = torch.empty(stop - start, dtype=whole.dtype)
+        for part in whole.parts:
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                file = self._open(part.rank)
+                try:
+                    kept = file.get_slice(part.key)
+                    if kept.get_shape() != [part.stop - part.start]:
+                        raise ValueError(f"{part.key} has another size than its index says")
+                    out[first - start : last - start] = kept[first - part.start : last - part.start]
+                except (SafetensorError, ValueError, RuntimeError) as error:
+                    raise self._unreadable(part.rank, error) from error
+        return out
+
+    def tree(self, kind: str, rank: int = 0) -> Any:
+        """`own` of a rank, or `shared` of all."""
+        try:
+            return _rebuilt(self.about[rank][kind], self._open(rank))
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._unreadable(rank, error) from error
+
+    def buffers(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """Every model's buffers as one for all ranks: model -> kind -> name -> buffer."""
+        trees = [self.tree("own", rank)["models"] for rank in range(self.ranks)]
+        return {
+            model: {kind: mean_over_ranks([tree[model][kind] for tree in trees]) for kind in kinds}
+            for model, kinds in trees[0].items()
+        }
+
+    def _open(self, rank: int) -> Any:
+        if rank not in self._opened:
+            try:
+                self._opened[rank] = self._stack.enter_context(safe_open(self._file(rank), "pt"))
+            except (SafetensorError, OSError) as error:
+                raise self._unreadable(rank, error) from error
+        return self._opened[rank]
+
+    def _file(self, rank: int) -> Path:
+        return self.path / f"rank{rank}.safetensors"
+
+    def _unreadable(self, rank: int, error: Exception) -> ValueError:
+        if isinstance(error, ValueError) and str(self.path) in str(error):
+            return error
+        return ValueError(f"{self._file(rank)} cannot be read as safetensors ({first_line(error)}): {REMOVE}.")
+
+
+class SavedModel:
+    """What a checkpoint holds of one model."""
+
+    def __init__(self, saved: Saved, model: str) -> None:
+        self.saved, self.model = saved, model
+        here = {(kind, name): whole for (m, kind, name), whole in saved.wholes.items() if m == model}
+        self.shapes = {name: whole.shape for (kind, name), whole in here.items() if kind == "weight"}
+        self.averages = {name: whole.shape for (kind, name), whole in here.items() if kind == "average"}
+        self._kinds: dict[str, list[str]] = {}
+        for kind, name in here:
+            if kind not in ("weight", "average"):
+                self._kinds.setdefault(name, []).append(kind)
+        try:
+            parts = [index["models"][model] for index in saved.about]
+            self.about: dict[str, Any] = parts[0]
+            self._numbers = {name: dict(numbers) for part in parts for name, numbers in part["numbers"].items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{saved.path} does not say all about {model}: {REMOVE}.") from error
+
+    def kinds(self, name: str) -> Sequence[str]:
+        return self._kinds.get(name, ())
+
+    def numbers(self, name: str) -> Mapping[str, float]:
+        return self._numbers.get(name, {})
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        return self.saved.read(self.model, kind, name, start, stop)
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """A weight, moment or average in its shape."""
+        return self.saved.read(self.model, kind, name).view(self.saved.wholes[self.model, kind, name].shape)
+
+
+def mean_over_ranks(trees: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Buffers of several ranks as one: the mean of floating-point ones, as an evaluation takes it, the first's of
+    others."""
+    merged = {}
+    for name, first in trees[0].items():
+        if len(trees) > 1 and first.is_floating_point():
+            total = torch.stack([tree[name].double() for tree in trees]).sum(0)
+            merged[name] = (total / len(trees)).to(first.dtype)
+        else:
+            merged[name] = first
+    return merged
+
+
+def _rebuilt(description: Any, tensors: Any) -> Any:
+    if isinstance(description, list):
+        return [_rebuilt(value, tensors) for value in description]
+    if not isinstance(description, dict):
+        return description
+    ((form, content),) = description.items()
+    if form == "tensor":
+        return tensors.get_tensor(content)
+    if form == "tuple":
+        return tuple(_rebuilt(value, tensors) for value in content)
+    if form != "dict":
+        raise ValueError(f"a tree of {form}")
+    return {key: _rebuilt(value, tensors) for key, value in content}
