@@ -1,4 +1,4 @@
-"""A complete checkpoint, read piece by piece: whoever reads may have other ranks, another ZeRO stage, or none at all."""
+"""A complete checkpoint, read piece by piece; the reader may have other ranks, another ZeRO stage, or no engine."""
 
 from __future__ import annotations
 
