@@ -108,9 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=_shards)
 
-    command = commands.add_parser(
-        "export", help="say where a run's plain weights lie; of an unfinished one write them from its last checkpoint"
-    )
+    command = commands.add_parser("export", help="plain weights: where a run has them, or from a checkpoint")
     command.add_argument("run", metavar="RUN", help="a run folder, one that holds some, or a checkpoint")
     command.add_argument(
         "--official",
