@@ -17,7 +17,14 @@ SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
 BERTS = ("bert", "distilbert", "hf")
 """Families of models that read texts."""
 
-ASIDE = {"fbt": "fused", "ofa": "branches", "fitnet": "projections", "crd": "embeddings", "uskd": "head"}
+ASIDE = {
+    "fbt": "fused",
+    "ofa": "branches",
+    "fitnet": "projections",
+    "fcfd": "bridges",
+    "crd": "embeddings",
+    "uskd": "head",
+}
 """What objectives of distillation train beside the student, as it is logged."""
 
 BELONGS_ELSEWHERE = {
@@ -248,6 +255,7 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
         ("nkd.temperature", method.nkd.temperature),
         ("tfkd.temperature", method.tfkd.temperature),
         ("crd.temperature", method.crd.temperature),
+        ("fcfd.temperature", method.fcfd.temperature),
         ("ofa.gamma", method.ofa.gamma),
         ("fbt.gamma", method.fbt.gamma),
     ):
@@ -268,10 +276,12 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
         ("crd.weight", method.crd.weight),
         ("ofa.weight", method.ofa.weight),
         ("fitnet.weight", method.fitnet.weight),
+        ("fcfd.weight", method.fcfd.weight),
     ):
         _not_negative(f"--method.{option}", value)
     for option, value in (
         ("dkd.warmup", method.dkd.warmup),
+        ("fcfd.warmup", method.fcfd.warmup),
         ("tfkd.weight", method.tfkd.weight),
         ("tfkd.correct", method.tfkd.correct),
         ("crd.momentum", method.crd.momentum),
@@ -280,6 +290,8 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
             raise ValueError(f"--method.{option} {value} is no share: use 0 to 1.")
     _at_least("--method.crd.width", method.crd.width, 1)
     _at_least("--method.crd.negatives", method.crd.negatives, 1)
+    if not 0 <= method.fcfd.paths <= 6:
+        raise ValueError(f"--method.fcfd.paths {method.fcfd.paths} are not 0 to 6, as many as there are: use 2.")
     if method.objective == "rkd" and not (method.rkd.distance or method.rkd.angle):
         raise ValueError("--method.rkd.distance and --method.rkd.angle are both 0: raise one, or use --control none.")
     if method.objective == "tfkd" and method.taught:

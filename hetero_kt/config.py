@@ -238,7 +238,7 @@ class MergeNet:
         return typing.get_args(Control)
 
 
-Objective = Literal["none", "kd", "rkd", "dkd", "nkd", "tfkd", "uskd", "crd", "ofa", "fitnet", "fbt"]
+Objective = Literal["none", "kd", "rkd", "dkd", "nkd", "tfkd", "uskd", "crd", "ofa", "fitnet", "fcfd", "fbt"]
 """What a student learns besides its labels: nothing, or the loss of this method."""
 
 
@@ -373,6 +373,22 @@ class FitNet:
 
 
 @dataclass(frozen=True)
+class FCFD:
+    """Function-consistent feature distillation (Liu et al. 2023), between CNNs."""
+
+    temperature: float = 8.0
+    """8 for ResNet50 -> MobileNetV2 and unlike CNNs, 4 for those of one family, 1 on ImageNet."""
+    weight: float = 5.0
+    """Of the squared errors between features; 0.02 for ResNet56 -> ResNet20 and on ImageNet."""
+    paths: int = 2
+    """Mixed paths that each step draws, of six."""
+    warmup: float = 1 / 12
+    """Share of the run over which the weight rises from 0: 20 of 240 epochs."""
+    tokens: bool = False
+    """Models of tokens too, which FCFD was not made for: their patches count as maps."""
+
+
+@dataclass(frozen=True)
 class FBT:
     """Fuse before transfer (arXiv 2410.12342)."""
 
@@ -412,6 +428,7 @@ class Distill:
     crd: CRD = field(default_factory=CRD)
     ofa: OFA = field(default_factory=OFA)
     fitnet: FitNet = field(default_factory=FitNet)
+    fcfd: FCFD = field(default_factory=FCFD)
     fbt: FBT = field(default_factory=FBT)
 
     @property

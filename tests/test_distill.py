@@ -36,11 +36,11 @@ from hetero_kt.distributed import launch, params
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.distributed.learner import build_learner
 from hetero_kt.folder import run_folder
-from hetero_kt.methods import distill
+from hetero_kt.methods import distill, objectives
 from hetero_kt.methods.fbt import FBT
 from hetero_kt.models.teacher import Frozen
 from hetero_kt.nn.losses.memory import Memory, Negatives
-from hetero_kt.nn.stages import Stages, expose
+from hetero_kt.nn.stages import Stages, _statistics_kept, expose
 from hetero_kt.options import Options
 from hetero_kt.tasks.classification import evaluate
 
@@ -298,6 +298,7 @@ def uskd_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tenso
 
 
 SAMPLES, NEGATIVES = 20, 5
+FCFD = config.FCFD(temperature=2, weight=0.3, paths=3, warmup=0.5)
 
 
 class Rows:
@@ -311,8 +312,8 @@ class Rows:
         return samples.numpy() * 0, samples.numpy()
 
 
-def drawn(rank: int, world: int) -> distill.Drawn:
-    return distill.Drawn(Rows(rank, world), torch.arange(SAMPLES) % 3, 7)  # type: ignore[arg-type]
+def drawn(rank: int, world: int) -> objectives.Drawn:
+    return objectives.Drawn(Rows(rank, world), torch.arange(SAMPLES) % 3, 7)  # type: ignore[arg-type]
 
 
 class CRDTerms:
@@ -352,6 +353,61 @@ class CRDTerms:
         return {"student/loss": own_loss, "teacher_to_student/crd_loss": 0.05 * loss / len(rows)}
 
 
+class FCFDTerms:
+    """Each path written out stage by stage, with both ranks' and pieces' calls counted."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.drawn = objectives.FCFD.__new__(objectives.FCFD)
+        self.drawn.settings, self.drawn.teachers, self.drawn.seed, self.drawn.warmup = FCFD, {"teacher": None}, 3, 2
+
+    def __call__(self, student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        step = self.calls // 4
+        self.calls += 1
+        self.drawn.begin(step)
+        answer, known = run_stages(student, x), known_of(teacher, x)
+        targets = known["stages"]
+
+        def kd(logits: Tensor) -> Tensor:
+            q, p = (logits / 2).log_softmax(1), (known["logits"] / 2).softmax(1)
+            return 4 * (p * (p.log() - q)).sum(1).mean()
+
+        def errors(k: int, feature: Tensor) -> Tensor:
+            found = (feature - targets[k]).square().mean()
+            if k == 3:
+                pooled = [one.clamp(min=0).mean((2, 3)) for one in (feature, targets[k])]
+                found = found + (pooled[0] - pooled[1]).square().mean()
+            return found
+
+        bridged = [aside.to_teacher["teacher"][k](answer["stages"][k]) for k in range(4)]
+        looks = [errors(k, feature) for k, feature in enumerate(bridged)]
+        reads, ends = [torch.zeros(())], [torch.zeros(())]
+        for way, stage in self.drawn.drawn["teacher"]:
+            model = {"to_teacher": teacher, "to_student": student}[way]
+            if way == "to_teacher":
+                feature = bridged[stage - 1]
+            else:
+                feature = aside.to_student["teacher"][stage - 1](targets[stage - 1])
+            with _statistics_kept([student.model]):
+                for k in range(stage, 4):
+                    feature = model.stage(k + 1, feature)
+                    if way == "to_teacher":
+                        reads.append(errors(k, feature))
+                ends.append(kd(model.head(feature)[1]))
+        for bridge in aside.to_student["teacher"]:
+            for parameter in bridge.parameters():  # so that it decays also in a step that does not use it
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        risen = 0.3 * min((step + 1) / 2, 1)
+        return {
+            "student/loss": F.cross_entropy(answer["logits"], y),
+            "teacher_to_student/kd_loss": kd(answer["logits"]),
+            "teacher_to_student/feature_loss": risen * sum(looks),  # type: ignore[dict-item]
+            "teacher_to_paths/kd_loss": sum(ends),  # type: ignore[dict-item]
+            "teacher_to_paths/feature_loss": risen * sum(reads),  # type: ignore[dict-item]
+        }
+
+
 def none_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {"student/loss": F.cross_entropy(run_stages(student, x)["logits"], y)}
 
@@ -373,27 +429,29 @@ def known_of(teacher: Stages, x: Tensor) -> dict[str, Any]:
 def objective(kind: str, student: Stages, teachers: dict[str, Frozen]) -> Any:
     torch.manual_seed(5)
     if kind == "kd":
-        return distill.KD(config.KD(temperature=3, weight=2), teachers)
+        return objectives.KD(config.KD(temperature=3, weight=2), teachers)
     if kind == "ofa":
-        return distill.OFA(config.OFA(gamma=1.5, weight=0.5), student, teachers, CLASSES)
+        return objectives.OFA(config.OFA(gamma=1.5, weight=0.5), student, teachers, CLASSES)
     if kind == "none":
-        return distill.Alone()
+        return objectives.Alone()
     if kind == "rkd":
-        return distill.RKD(config.RKD(), teachers)
+        return objectives.RKD(config.RKD(), teachers)
     if kind == "dkd":
-        return distill.DKD(config.DKD(warmup=0.5), teachers, STEPS)
+        return objectives.DKD(config.DKD(warmup=0.5), teachers, STEPS)
     if kind == "nkd":
-        return distill.NKD(config.NKD(), teachers)
+        return objectives.NKD(config.NKD(), teachers)
     if kind in ("tfkd", "tfkd self"):
         form: Any = "self" if kind == "tfkd self" else "regularised"
-        return distill.TfKD(config.TfKD(form, public=form == "self"), teachers)
+        return objectives.TfKD(config.TfKD(form, public=form == "self"), teachers)
     if kind == "uskd":
-        return distill.USKD(config.USKD(), student, CLASSES)
+        return objectives.USKD(config.USKD(), student, CLASSES)
+    if kind == "fcfd":
+        return objectives.FCFD(FCFD, student, teachers, STEPS, seed=3)
     if kind == "crd":
         settings = config.CRD(weight=0.05, width=6, negatives=NEGATIVES, public=False)
         place = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return distill.CRD(settings, student, teachers, drawn(*place))
-    return distill.FitNet(config.FitNet(kind, weight=0.5), student, teachers)  # type: ignore[arg-type]
+        return objectives.CRD(settings, student, teachers, drawn(*place))
+    return objectives.FitNet(config.FitNet(kind, weight=0.5), student, teachers)  # type: ignore[arg-type]
 
 
 BASELINES: dict[str, Callable[[], Terms]] = {
@@ -406,6 +464,7 @@ BASELINES: dict[str, Callable[[], Terms]] = {
     "tfkd self": lambda: self_terms,
     "uskd": lambda: uskd_terms,
     "crd": CRDTerms,
+    "fcfd": FCFDTerms,
     "ofa": lambda: ofa_terms,
     **dict.fromkeys(("stages", "final", "pooled", "infonce"), lambda: fitnet_terms),
 }
@@ -491,6 +550,7 @@ def plain_baseline(kind: str, case: str, world: int) -> dict[str, Any]:
         *((kind, "transformer learns from cnn", 2) for kind in ("ofa", "stages", "final", "infonce")),
         *((kind, "cnn learns from transformer", 1) for kind in ("rkd", "nkd", "tfkd self", "crd")),
         *((kind, "transformer learns from cnn", 3) for kind in ("dkd", "tfkd", "uskd", "crd")),
+        *(("fcfd", "cnn learns from cnn", stage) for stage in (1, 2, 3)),
     ],
 )
 def test_baselines_equal_a_plain_single_process(ranks: Any, kind: str, case: str, stage: int) -> None:
@@ -520,14 +580,15 @@ def begin(recipes: list[config.Recipe]) -> list[tuple[dict[str, Tensor], list[Te
 def test_every_objective_starts_from_the_same_student_and_batches(ranks: Any, tmp_path: Path) -> None:
     base = tiny.distillation(tmp_path, steps=2)
     mixed = {"all": replace(base.data["all"], mix=Mix(mixup=0.8))}
-    recipes = [replace(base, data=mixed, method=base.method.with_arm(arm)) for arm in base.method.arms()]
-    assert len(recipes) == 11
+    method = replace(base.method, fcfd=config.FCFD(tokens=True))
+    recipes = [replace(base, data=mixed, method=method.with_arm(arm)) for arm in method.arms()]
+    assert len(recipes) == 12
     (first, shown), *others = ranks(1).run(begin, recipes)[0]
     for state, pictures in others:
         tiny.assert_equal(state, first)
         tiny.assert_equal(pictures, shown)
     finals = [load_file(run_folder(recipe) / "export" / "student.safetensors") for recipe in recipes]
-    assert len({final["conv1.weight"].numpy().tobytes() for final in finals}) == 11, "and then each goes its way"
+    assert len({final["conv1.weight"].numpy().tobytes() for final in finals}) == 12, "and then each goes its way"
     assert all(json.loads((run_folder(r) / "result.json").read_text())["control"] == r.method.arm for r in recipes)
 
 

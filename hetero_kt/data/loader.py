@@ -57,6 +57,8 @@ class Loader:
         self.images = images
         self.samples, self.classes, self.name = len(images), images.classes, images.name
         self.mean, self.std = images.mean, images.std
+        self.labels = images.labels.cpu()
+        """The class of every sample, (S,)."""
         self.global_batch, self.steps_per_epoch = batch, self.order.steps_per_epoch
         self.seed, self.augment, self.rank, self.world = seed, tuple(augment), rank, world
         self.device = torch.device(device)

@@ -135,6 +135,8 @@ class PictureLoader:
         self.order = Order(source.name, len(source.labels), batch, seed, rank, world)
         self.samples, self.classes, self.name = len(source.labels), source.classes, source.name
         self.mean, self.std = source.mean, source.std
+        self.labels = torch.from_numpy(source.labels)
+        """The class of every sample, (S,)."""
         self.global_batch, self.steps_per_epoch = batch, self.order.steps_per_epoch
         self.device = torch.device(device)
         self._source, self._corrupt, self._mixer = source, corrupt, mixer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +103,11 @@ class Frozen:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.module(self.see(pictures_BCHW))
 
-    def finish(self, feature: Tensor, last_stage: bool = True) -> tuple[Tensor, Tensor]:
-        """(pooled, logits) of its last stage and classifier behind `feature`, through which gradients flow."""
+    def finish(self, feature: Tensor | Sequence[Tensor], after: int | Sequence[int] = 3) -> dict[str, Any]:
+        """`tail_stages`, `tail_pooled` and `tail_logits` of its stages behind `after` and its classifier, from
+        `feature`, through which gradients flow; see `Stages.forward`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            end = self.module(tail=feature, last_stage=last_stage)
-        return end["tail_pooled"], end["tail_logits"]
+            return self.module(tail=feature, after=after)
 
 
 def build_teacher(
