@@ -85,6 +85,13 @@ def check(recipe: Recipe, world: int = 1) -> None:
     for name, transfer in recipe.method.transfers.items():
         _check_transfer(f"--method.transfers.{name}", transfer, recipe.models)
     _check_sites(recipe.method.transfers)
+    if recipe.method.control == "sharing":
+        averaged = next((name for name, model in recipe.models.items() if model.ema), None)
+        if averaged is not None:
+            raise ValueError(
+                f"--models.{averaged}.ema {recipe.models[averaged].ema} would average a shared weight before the other "
+                "model has moved it: leave it out under --control sharing."
+            )
     for name, model in recipe.models.items():
         if model.checkpointing and model.name not in XVLMS:
             raise ValueError(f"--models.{name}.checkpointing is for distillation and X-VLM only: leave it out.")

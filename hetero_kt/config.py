@@ -21,8 +21,9 @@ import yaml
 
 from hetero_kt.nn.adapter import AdapterConfig
 
-Control = Literal["transfer", "none", "noise", "shuffled", "frozen", "standardise"]
-"""`transfer` is the method itself; the others are the controls that a gain has to beat."""
+Control = Literal["transfer", "none", "noise", "shuffled", "frozen", "standardise", "sharing"]
+"""`transfer` is the method itself; the others are the controls that a gain has to beat, and `sharing` the paper's own
+baseline: the leading block of the two weights is one."""
 
 
 @dataclass(frozen=True)

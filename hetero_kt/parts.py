@@ -24,6 +24,7 @@ from hetero_kt.distributed.launch import Ranks
 from hetero_kt.distributed.learner import Learner, build_learner
 from hetero_kt.methods import Method, distill, mergenet, objectives
 from hetero_kt.methods.fbt import FBT
+from hetero_kt.methods.sharing import Sharing
 from hetero_kt.models.teacher import RANDOM, Frozen, build_teacher, weights_of
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import AdapterConfig
@@ -265,8 +266,10 @@ def _factorise(modules: Mapping[str, nn.Module], site: str, rank: int, option: s
         raise ValueError(f"--method.transfers.{option} {site}: {error}") from error
 
 
-def _exchange(recipe: Recipe, transfers: Sequence[mergenet.Transfer]) -> mergenet.Exchange:
+def _exchange(recipe: Recipe, transfers: Sequence[mergenet.Transfer]) -> mergenet.Exchange | Sharing:
     assert isinstance(recipe.method, MergeNet)
+    if recipe.method.control == "sharing":
+        return Sharing(transfers)
     return mergenet.Exchange(transfers, control=recipe.method.control, seed=recipe.seed, steps=recipe.steps)
 
 
@@ -361,7 +364,7 @@ def _prepare_distill(
 
 
 def check_pairs(recipe: Recipe, made_before: set[str]) -> None:
-    """Refuse, before anything trains, models without stages, a pair that the objective does not suit, and teachers whose
+    """Refuse, before anything trains, models without stages, pairs that an objective does not suit, and teachers whose
     weights will not be there.
 
     Args:
