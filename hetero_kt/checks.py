@@ -103,6 +103,7 @@ def _check_data(name: str, data: Data, world: int) -> None:
     _at_least(f"{option}.per-class", data.per_class, 0)
     _at_least(f"{option}.image-size", data.image_size, 1)
     _at_least(f"{option}.workers", data.workers, 0)
+    _at_least(f"{option}.augmentations", data.augmentations, 0)
     if data.name == "shards" and data.pipeline == "fast":
         raise ValueError(f"{option}.pipeline fast augments sets in memory: use timm for shards.")
     if data.name == "shards" and not data.folder:
@@ -133,7 +134,10 @@ def _check_data(name: str, data: Data, world: int) -> None:
 def _check_meant(option: str, data: Data) -> None:
     """Refuse a field that the set does not have: it would be in the recipe and change nothing."""
     plain = Data()
-    of_pairs, of_pictures = ("fraction", "blank", "candidates"), ("pipeline", "mix", "augment", "per_class")
+    of_pairs, of_pictures = (
+        ("fraction", "blank", "candidates"),
+        ("pipeline", "mix", "augment", "augmentations", "per_class"),
+    )
     for field in () if data.name in PAIRS else of_pairs:
         if getattr(data, field) != getattr(plain, field):
             raise ValueError(f"{option}.{field} is for {' and '.join(PAIRS)} only: leave it out.")
@@ -244,6 +248,8 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
         raise ValueError(f"--method.teachers is empty: objective {method.objective} needs a teacher.")
     for teacher, config in method.teachers.items() if method.taught else ():
         _check_teacher(f"--method.teachers.{teacher}", teacher, config, name)
+        if config.logits == "stored":
+            _check_stored(f"--method.teachers.{teacher}.logits stored", method, student, recipe.data[student.data])
         # How one of several teachers' fused model is logged.
         if (fused := f"fused_{teacher}") == name:
             raise ValueError(f"--models.{name}: teacher {teacher}'s fused model is called so: give another name.")
@@ -310,6 +316,26 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
                 )
     if not method.fbt.terms:
         raise ValueError("--method.fbt.terms is empty: name at least one, or use --control none.")
+
+
+LOGITS_ALONE = ("kd", "dkd", "nkd", "tfkd", "ofa")
+"""Objectives that ask a teacher for its logits and for nothing else."""
+
+
+def _check_stored(option: str, method: Distill, student: Model, pictures: Data) -> None:
+    if method.objective not in LOGITS_ALONE:
+        raise ValueError(
+            f"{option}: objective {method.objective} needs the teacher's features too: leave it out, or use "
+            f"{', '.join(LOGITS_ALONE)}."
+        )
+    if pictures.mix.mixup or pictures.mix.cutmix:
+        raise ValueError(f"{option}: no two batches mix the same pictures: leave out --data.{student.data}.mix.")
+    augmented = pictures.augment if pictures.pipeline == "fast" else ("timm's transform",)
+    if augmented and not pictures.augmentations:
+        raise ValueError(
+            f"{option}: no picture comes twice with {', '.join(augmented)} drawn anew in each epoch: give "
+            f"--data.{student.data}.augmentations 8, for example."
+        )
 
 
 def _check_teacher(option: str, name: str, teacher: Teacher, student: str) -> None:

@@ -134,6 +134,8 @@ class Data:
     """Of the fast pipeline."""
     transform: Transform = field(default_factory=Transform)
     """Of the timm pipeline."""
+    augmentations: int = 0
+    """Different augmentations of each sample, which take turns over the epochs; 0 draws another in every epoch."""
     mix: Mix = field(default_factory=Mix)
     workers: int = 4
     """Of the timm pipeline: processes per rank that decode and augment; 0 does it between the steps."""
@@ -260,6 +262,10 @@ class Teacher:
     std: tuple[float, ...] = ()
     zero: str = ""
     """Empty keeps a whole copy on every rank; a ZeRO-3 file shards it (for teachers too large for that)."""
+    logits: Literal["live", "stored"] = "live"
+    """`stored` computes them once for every sample and augmentation, before training, and keeps them on disk below the
+    output folder for all runs that see the same pictures. For objectives that ask for logits alone, and data whose
+    augmentations repeat."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ Everything that can be refused is refused on plain modules, before an engine sta
 
 from __future__ import annotations
 
+import dataclasses
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +27,8 @@ from hetero_kt.distributed.learner import Learner, build_learner
 from hetero_kt.methods import Method, distill, mergenet, objectives
 from hetero_kt.methods.fbt import FBT
 from hetero_kt.methods.sharing import Sharing
+from hetero_kt.models.stored import Store, Stored
+from hetero_kt.models.stored import fill as fill_store
 from hetero_kt.models.teacher import RANDOM, Frozen, build_teacher, weights_of
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import AdapterConfig
@@ -42,6 +46,8 @@ class Prepared:
     teachers: dict[str, Frozen]
     start: Callable[[], Method]
     """Makes the engines. Collective."""
+    fill: Callable[[], None] = lambda: None
+    """Computes what has to be on disk before. Collective; raises ValueError on all ranks."""
 
 
 def prepare(recipe: Recipe, modules: Mapping[str, nn.Module], train: Mapping[str, Any], ranks: Ranks) -> Prepared:
@@ -334,11 +340,18 @@ def _prepare_distill(
                 device=ranks.device,
                 autocast=model.precision != "fp32",
             )
+    stored = {
+        key: Stored(teacher, _store(recipe, key, teacher, loader), loader)
+        for key, teacher in teachers.items()
+        if method.teachers[key].logits == "stored"
+    }
+    for one in stored.values():
+        one.store.check(ranks.rank, ranks.world)
     seed_by_name(recipe, method.objective)
     objective = build_objective(
         method,
         stages,
-        teachers,
+        teachers | stored,
         loader.classes,
         steps=recipe.budget(name),
         seed=recipe.seed,
@@ -349,6 +362,17 @@ def _prepare_distill(
     if aside is not None:
         _check_precision(f"--models.{name}.precision", model.precision, aside, f"{method.objective}'s {objective.name}")
 
+    def fill() -> None:
+        rows = model.micro_batch or pictures.batch // ranks.world
+        dtype = next(module.parameters()).dtype if model.precision != "bf16" else torch.bfloat16
+        for key, one in stored.items():
+            one.live.start()
+            started = time.perf_counter()
+            shards = fill_store(one.store, one.live, loader, ranks, rows, dtype)
+            if ranks.first and shards:
+                took = time.perf_counter() - started
+                print(f"{key}: {shards} shards of logits computed in {took:.0f} s", flush=True)
+
     def start() -> Method:
         learners = {name: _learner(recipe, name, module, ranks)}
         if aside is not None:
@@ -356,11 +380,35 @@ def _prepare_distill(
         for teacher in teachers.values():
             teacher.start()
         return distill.Distillation(
-            learners, objective, label_smoothing=model.label_smoothing, label_weight=method.label_weight
+            learners,
+            objective,
+            label_smoothing=model.label_smoothing,
+            label_weight=method.label_weight,
+            stored=list(stored.values()),
         )
 
     added = {objective.name: parameters(aside)} if aside is not None else {}
-    return Prepared(added, teachers, start)
+    return Prepared(added, teachers, start, fill)
+
+
+def _store(recipe: Recipe, name: str, teacher: Frozen, loader: Any) -> Store:
+    """Where the logits of the teacher `name` are kept, and what they depend on."""
+    assert isinstance(recipe.method, Distill)
+    ((_, model),) = recipe.models.items()
+    pictures, config = recipe.data[model.data], recipe.method.teachers[name]
+    transform: Any = list(pictures.augment) if pictures.pipeline == "fast" else dataclasses.asdict(pictures.transform)
+    about = {
+        "teacher": config.name,
+        "weights": teacher.checksum,
+        "teacher sees": [teacher.image_size, teacher.scale.flatten().tolist(), teacher.shift.flatten().tolist()],
+        "data": pictures.name,
+        "set": loader.fingerprint(),
+        "pictures": [pictures.pipeline, pictures.image_size, list(loader.mean), list(loader.std), transform],
+        "seed": recipe.seed if transform else 0,
+        "precision": model.precision,
+    }
+    root = Path(recipe.output_dir) / "teacher_logits"
+    return Store(root, about, loader.samples, pictures.augmentations or 1, loader.classes)
 
 
 def check_pairs(recipe: Recipe, made_before: set[str]) -> None:
@@ -400,7 +448,7 @@ class _Around(NamedTuple):
     """What an objective is built between."""
 
     student: Stages
-    teachers: Mapping[str, Frozen]
+    teachers: objectives.Teachers
     classes: int
     steps: int
     seed: int
@@ -432,7 +480,7 @@ OBJECTIVES: dict[str, Callable[[Distill, _Around], objectives.Objective]] = {
 def build_objective(
     method: Distill,
     student: Stages,
-    teachers: Mapping[str, Frozen],
+    teachers: objectives.Teachers,
     classes: int,
     *,
     steps: int = 0,

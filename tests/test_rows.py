@@ -1,11 +1,10 @@
-"""Rows of the papers' tables run under --debug: one for each method and launcher here, all of them where there is time."""
+"""Rows of the papers' tables run under --debug: one for each method and launcher here, all in CI."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -52,7 +51,11 @@ def run(todo: list[Job], folder: str) -> list[tuple[str, float]]:
         started = time.perf_counter()
         try:
             one = tables.resolved(job.command, "--debug", "--output-dir", f"{folder}/{i}")
-            with tiny.handlers_kept(), torch.autograd.set_detect_anomaly(True), contextlib.redirect_stdout(io.StringIO()):
+            with (
+                tiny.handlers_kept(),
+                torch.autograd.set_detect_anomaly(True),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
                 if one.options.plan:
                     plan.show(one.recipe, ranks.world)
                 else:

@@ -77,7 +77,8 @@ def open_loader(
             raise ValueError("data shards: the fast pipeline augments in memory: use --data.NAME.pipeline timm")
         images = load(config, data_dir, train=train)
         mix = _mixer(config, images.classes, train, seed, rank, world)
-        return Loader(images, config.batch, seed, config.augment if train else (), *place, mix)
+        augment = config.augment if train else ()
+        return Loader(images, config.batch, seed, augment, *place, mix, config.augmentations)
     source = _shards(config, data_dir, train) if config.name == "shards" else InMemory(_load(config, data_dir, train))
     return PictureLoader(
         source,
@@ -89,6 +90,7 @@ def open_loader(
         workers=config.workers,
         corrupt=config.corrupt,
         mixer=_mixer(config, source.classes, train, seed, rank, world),
+        augmentations=config.augmentations,
     )
 
 

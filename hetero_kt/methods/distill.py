@@ -9,7 +9,7 @@ them. Two objectives, TfKD's usual form and USKD, have no teacher at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from hetero_kt.distributed.learner import Learner
 from hetero_kt.methods.objectives import Evolving, Objective, Terms
+from hetero_kt.models.stored import Stored
 
 
 class Distillation:
@@ -26,6 +27,7 @@ class Distillation:
     Args:
         learners: the student first, then what the objective trains beside it.
         label_smoothing, label_weight: of the student's own cross-entropy.
+        stored: those of the objective's teachers whose logits come from disk.
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class Distillation:
         objective: Objective,
         label_smoothing: float = 0.0,
         label_weight: float = 1.0,
+        stored: Sequence[Stored] = (),
     ) -> None:
         self.learners, self.objective = learners, objective
-        self.label_smoothing, self.label_weight = label_smoothing, label_weight
+        self.label_smoothing, self.label_weight, self.stored = label_smoothing, label_weight, stored
         self.evolving = objective if isinstance(objective, Evolving) else Evolving()
         self.name, *asides = learners
         self.student = learners[self.name]
@@ -48,6 +51,8 @@ class Distillation:
         for learner in self.learners.values():
             learner.begin(step)
         self.evolving.begin(step)
+        for teacher in self.stored:
+            teacher.begin(step)
         engine = self.student.engine
         rows = engine.train_micro_batch_size_per_gpu()
         pieces = list(zip(*(tensor.split(rows) for tensor in batches[self.name]), strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ class Frozen:
         self.same = (tuple(mean), tuple(std)) == (tuple(own_mean), tuple(own_std))
         self.scale, self.shift = given[1] / own[1], (given[0] - own[0]) / own[1]
 
+    @cached_property
     def checksum(self) -> int:
-        """Of its weights and buffers, before `start`."""
+        """Of its weights and buffers as they are before `start`: they never change."""
         total = 0
         for name, tensor in self.module.state_dict().items():
             plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
@@ -66,9 +68,11 @@ class Frozen:
         return total
 
     def start(self) -> None:
-        """Take its place on the device, or over the ranks. Collective."""
+        """Take its place on the device, or over the ranks, unless it has. Collective."""
         if self.zero is None:
             self.module.to(self.device)
+            return
+        if self.engine is not None:
             return
         import deepspeed
 

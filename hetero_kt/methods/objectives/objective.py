@@ -8,9 +8,8 @@ from typing import Any, Protocol
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from hetero_kt.models.teacher import Frozen
-
-Teachers = Mapping[str, Frozen]
+Teachers = Mapping[str, Any]
+"""By name: `Frozen`, or `Stored` where only logits are asked for."""
 Terms = dict[str, Tensor]
 """Scalars by the name that they are logged under, each with its weight."""
 
