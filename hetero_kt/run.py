@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
     except ValueError as error:
         leave(error, alone=True)
     try:
-        teachers = [(one, FRESH) for one in runs_before(recipe, options, variants)]
+        how = replace(FRESH, resume="never") if options.debug else FRESH
+        teachers = [(one, how) for one in runs_before(recipe, options, variants)]
         wanted = [(one, options) for one in runs(recipe, options)]
         with _agreed(ranks):  # hours of a teacher's training before a complaint about its student would be unkind
             for one in {one.method.arm: one for one, _ in wanted}.values():
