@@ -17,6 +17,7 @@ from hetero_kt.nn.reencode import list_weights
 DEBUG_STEPS = 4
 DEBUG_BATCH = 8
 DEBUG_RANK = 4
+DEBUG_CANDIDATES = 4
 
 TINY_TEXT = Text(GENERATED, length=64, stride=16, question=16)
 
@@ -78,7 +79,7 @@ def shrink(recipe: Recipe, world: int = 1, before: Collection[str] = ()) -> Reci
 def _tiny_data(entry: Data, batch: int) -> Data:
     small = replace(entry, batch=batch, per_class=0, validation=0.0, fraction=1.0, folder="", workers=0)
     if entry.name in PAIRS:
-        return replace(small, text=TINY_TEXT, image_size=TINY_WORLD)
+        return replace(small, text=TINY_TEXT, image_size=TINY_WORLD, candidates=DEBUG_CANDIDATES)
     if entry.name in TEXTS:
         return replace(small, text=TINY_TEXT)
     return replace(small, name="generated", image_size=32)

@@ -15,7 +15,7 @@ import tiny
 import torch
 import torch.distributed as dist
 
-from hetero_kt import plan, tables
+from hetero_kt import config, plan, tables
 from hetero_kt import run as running
 from hetero_kt.config import to_yaml
 from hetero_kt.distributed.launch import Ranks, StopSignal
@@ -43,14 +43,29 @@ def jobs(name: str) -> dict[str, Job]:
     return found
 
 
+def one_of_each() -> list[Job]:
+    """The fewest commands, in order, that have every launcher and every arm in them."""
+    found, seen = [], set()
+    for name in tables.names():
+        for row in tables.read(name).rows:
+            for command in row.commands.values():
+                words = command.options
+                arm = next((words[i + 1] for i, word in enumerate(words) if word in ("--control", "--method")), "")
+                if "--plan" not in words and not {command.launcher, arm} <= seen:
+                    seen |= {command.launcher, arm}
+                    found.append(Job(name, row.label, command))
+    return found
+
+
 def run(todo: list[Job], folder: str) -> list[tuple[str, float]]:
     """Every command on this pool's ranks, as its launcher would; seconds by row."""
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
-    seconds = []
-    for i, job in enumerate(todo):
+    seconds: list[tuple[str, float]] = []
+    made: set[str] = set()
+    for job in todo:
         started = time.perf_counter()
         try:
-            one = tables.resolved(job.command, "--debug", "--output-dir", f"{folder}/{i}")
+            one = tables.resolved(job.command, "--debug", "--output-dir", folder)
             with (
                 tiny.handlers_kept(),
                 torch.autograd.set_detect_anomaly(True),
@@ -59,7 +74,9 @@ def run(todo: list[Job], folder: str) -> list[tuple[str, float]]:
                 if one.options.plan:
                     plan.show(one.recipe, ranks.world)
                 else:
-                    assert running.run(one.recipe, one.options, ranks, StopSignal())
+                    first = [recipe for recipe in one.before if recipe.name not in made]
+                    made |= {recipe.name for recipe in first}
+                    assert all(running.run(recipe, one.options, ranks, StopSignal()) for recipe in (*first, one.recipe))
         except Exception as error:
             raise AssertionError(f"{job.table}, {job.row}: {job.command}: {error}") from error
         seconds.append((f"{job.table}, {job.row}", time.perf_counter() - started))
@@ -68,6 +85,14 @@ def run(todo: list[Job], folder: str) -> list[tuple[str, float]]:
 
 def slowest_first(seconds: list[tuple[str, float]]) -> str:
     return "\n".join(f"{s:6.2f} s  {row}" for row, s in sorted(seconds, key=lambda entry: -entry[1]))
+
+
+def test_one_row_of_each_method_and_launcher_runs(ranks: Any, tmp_path: Path) -> None:
+    todo = one_of_each()
+    arms = {*config.MergeNet({}).arms(), *config.Distill({}).arms()} - {"transfer"}  # which no command has to name
+    assert arms <= {word for job in todo for word in job.command.options}
+    assert {job.command.launcher for job in todo} == {path.stem for path in tables.launchers().glob("*.py")}
+    print(slowest_first(ranks(2).run(run, todo, str(tmp_path))[0]))
 
 
 @pytest.mark.slow
