@@ -275,6 +275,7 @@ def refused(base: Recipe) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_refuses_it_on_all_ranks(ranks: Any, tmp_path: Path) -> None:
     base = recipe(tmp_path)
     tiny.train(ranks(2), base)

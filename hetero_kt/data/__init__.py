@@ -101,6 +101,17 @@ def classes(config: Data, data_dir: str = "") -> int:
     return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES, "imdb": 2}[config.name]
 
 
+def samples(config: Data, data_dir: str = "") -> int:
+    """About how many pictures a data set trains on (classes round on their own), known before it is read. Raises
+    ValueError for shards without an index."""
+    if config.name == "shards":
+        whole = len(Index(_folder(config, data_dir) / "train").table())
+    else:
+        whole = {"cifar100": 50_000, "digits": 1_438, "generated": 1_600}[config.name]
+    kept = round(whole * (1 - config.validation))
+    return min(kept, config.per_class * classes(config, data_dir)) if config.per_class else kept
+
+
 def _root(data_dir: str) -> str:
     """The folder with the data sets."""
     return data_dir or os.environ.get("HETERO_KT_DATA") or "data"
