@@ -30,7 +30,7 @@ from hetero_kt.config import Model, Optim, Schedule, Teacher
 from hetero_kt.cost import additions
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.learner import Learner, build_learner
-from hetero_kt.methods import distill
+from hetero_kt.methods import distill, objectives
 from hetero_kt.methods.fbt import FBT
 from hetero_kt.models.teacher import build_teacher
 from hetero_kt.nn.stages import expose
@@ -128,14 +128,14 @@ def measure(bench: Bench, pair: str, ranks: launch.Ranks) -> dict[str, Any]:
     x = torch.randn(rows, 3, 224, 224, device=ranks.device).contiguous(memory_format=torch.channels_last)
     batches = {"student": (x, torch.randint(CLASSES, (rows,), device=ranks.device))}
     steps: dict[str, Callable[[], Any]] = {}
-    objectives: dict[str, distill.Objective] = {
-        "floor": distill.Alone(),
-        "kd": distill.KD(config.KD(), teachers),
-        "ofa": distill.OFA(config.OFA(), stages, teachers, CLASSES),
+    taught: dict[str, objectives.Objective] = {
+        "floor": objectives.Alone(),
+        "kd": objectives.KD(config.KD(), teachers),
+        "ofa": objectives.OFA(config.OFA(), stages, teachers, CLASSES),
         "fbt": FBT(config.FBT(), stages, teachers),
     }
     learners = [one]
-    for arm, objective in objectives.items():
+    for arm, objective in taught.items():
         aside = {objective.name: learner(objective.aside)} if objective.aside is not None else {}
         learners += aside.values()
         method = distill.Distillation({"student": one, **aside}, objective)

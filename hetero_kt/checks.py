@@ -17,7 +17,14 @@ SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
 BERTS = ("bert", "distilbert", "hf")
 """Families of models that read texts."""
 
-ASIDE = {"fbt": "fused", "ofa": "branches", "fitnet": "projections", "crd": "embeddings", "uskd": "head"}
+ASIDE = {
+    "fbt": "fused",
+    "ofa": "branches",
+    "fitnet": "projections",
+    "fcfd": "bridges",
+    "crd": "embeddings",
+    "uskd": "head",
+}
 """What objectives of distillation train beside the student, as it is logged."""
 
 BELONGS_ELSEWHERE = {
@@ -78,6 +85,13 @@ def check(recipe: Recipe, world: int = 1) -> None:
     for name, transfer in recipe.method.transfers.items():
         _check_transfer(f"--method.transfers.{name}", transfer, recipe.models)
     _check_sites(recipe.method.transfers)
+    if recipe.method.control == "sharing":
+        averaged = next((name for name, model in recipe.models.items() if model.ema), None)
+        if averaged is not None:
+            raise ValueError(
+                f"--models.{averaged}.ema {recipe.models[averaged].ema} would average a shared weight before the other "
+                "model has moved it: leave it out under --control sharing."
+            )
     for name, model in recipe.models.items():
         if model.checkpointing and model.name not in XVLMS:
             raise ValueError(f"--models.{name}.checkpointing is for distillation and X-VLM only: leave it out.")
@@ -89,6 +103,7 @@ def _check_data(name: str, data: Data, world: int) -> None:
     _at_least(f"{option}.per-class", data.per_class, 0)
     _at_least(f"{option}.image-size", data.image_size, 1)
     _at_least(f"{option}.workers", data.workers, 0)
+    _at_least(f"{option}.augmentations", data.augmentations, 0)
     if data.name == "shards" and data.pipeline == "fast":
         raise ValueError(f"{option}.pipeline fast augments sets in memory: use timm for shards.")
     if data.name == "shards" and not data.folder:
@@ -119,7 +134,10 @@ def _check_data(name: str, data: Data, world: int) -> None:
 def _check_meant(option: str, data: Data) -> None:
     """Refuse a field that the set does not have: it would be in the recipe and change nothing."""
     plain = Data()
-    of_pairs, of_pictures = ("fraction", "blank", "candidates"), ("pipeline", "mix", "augment", "per_class")
+    of_pairs, of_pictures = (
+        ("fraction", "blank", "candidates"),
+        ("pipeline", "mix", "augment", "augmentations", "per_class"),
+    )
     for field in () if data.name in PAIRS else of_pairs:
         if getattr(data, field) != getattr(plain, field):
             raise ValueError(f"{option}.{field} is for {' and '.join(PAIRS)} only: leave it out.")
@@ -234,6 +252,8 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
         raise ValueError(f"--method.teachers is empty: objective {method.objective} needs a teacher.")
     for teacher, config in method.teachers.items() if method.taught else ():
         _check_teacher(f"--method.teachers.{teacher}", teacher, config, name)
+        if config.logits == "stored":
+            _check_stored(f"--method.teachers.{teacher}.logits stored", method, student, recipe.data[student.data])
         # How one of several teachers' fused model is logged.
         if (fused := f"fused_{teacher}") == name:
             raise ValueError(f"--models.{name}: teacher {teacher}'s fused model is called so: give another name.")
@@ -252,6 +272,7 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
         ("nkd.temperature", method.nkd.temperature),
         ("tfkd.temperature", method.tfkd.temperature),
         ("crd.temperature", method.crd.temperature),
+        ("fcfd.temperature", method.fcfd.temperature),
         ("ofa.gamma", method.ofa.gamma),
         ("fbt.gamma", method.fbt.gamma),
     ):
@@ -272,10 +293,12 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
         ("crd.weight", method.crd.weight),
         ("ofa.weight", method.ofa.weight),
         ("fitnet.weight", method.fitnet.weight),
+        ("fcfd.weight", method.fcfd.weight),
     ):
         _not_negative(f"--method.{option}", value)
     for option, value in (
         ("dkd.warmup", method.dkd.warmup),
+        ("fcfd.warmup", method.fcfd.warmup),
         ("tfkd.weight", method.tfkd.weight),
         ("tfkd.correct", method.tfkd.correct),
         ("crd.momentum", method.crd.momentum),
@@ -284,6 +307,8 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
             raise ValueError(f"--method.{option} {value} is no share: use 0 to 1.")
     _at_least("--method.crd.width", method.crd.width, 1)
     _at_least("--method.crd.negatives", method.crd.negatives, 1)
+    if not 0 <= method.fcfd.paths <= 6:
+        raise ValueError(f"--method.fcfd.paths {method.fcfd.paths} are not 0 to 6, as many as there are: use 2.")
     if method.objective == "rkd" and not (method.rkd.distance or method.rkd.angle):
         raise ValueError("--method.rkd.distance and --method.rkd.angle are both 0: raise one, or use --control none.")
     if method.objective == "tfkd" and method.taught:
@@ -295,6 +320,26 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
                 )
     if not method.fbt.terms:
         raise ValueError("--method.fbt.terms is empty: name at least one, or use --control none.")
+
+
+LOGITS_ALONE = ("kd", "dkd", "nkd", "tfkd", "ofa")
+"""Objectives that ask a teacher for its logits and for nothing else."""
+
+
+def _check_stored(option: str, method: Distill, student: Model, pictures: Data) -> None:
+    if method.objective not in LOGITS_ALONE:
+        raise ValueError(
+            f"{option}: objective {method.objective} needs the teacher's features too: leave it out, or use "
+            f"{', '.join(LOGITS_ALONE)}."
+        )
+    if pictures.mix.mixup or pictures.mix.cutmix:
+        raise ValueError(f"{option}: no two batches mix the same pictures: leave out --data.{student.data}.mix.")
+    augmented = pictures.augment if pictures.pipeline == "fast" else ("timm's transform",)
+    if augmented and not pictures.augmentations:
+        raise ValueError(
+            f"{option}: no picture comes twice with {', '.join(augmented)} drawn anew in each epoch: give "
+            f"--data.{student.data}.augmentations 8, for example."
+        )
 
 
 def _check_teacher(option: str, name: str, teacher: Teacher, student: str) -> None:

@@ -21,8 +21,9 @@ import yaml
 
 from hetero_kt.nn.adapter import AdapterConfig
 
-Control = Literal["transfer", "none", "noise", "shuffled", "frozen", "standardise"]
-"""`transfer` is the method itself; the others are the controls that a gain has to beat."""
+Control = Literal["transfer", "none", "noise", "shuffled", "frozen", "standardise", "sharing"]
+"""`transfer` is the method itself; the others are the controls that a gain has to beat, and `sharing` the paper's own
+baseline: the leading block of the two weights is one."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ class Data:
     """Of the fast pipeline."""
     transform: Transform = field(default_factory=Transform)
     """Of the timm pipeline."""
+    augmentations: int = 0
+    """Different augmentations of each sample, which take turns over the epochs; 0 draws another in every epoch."""
     mix: Mix = field(default_factory=Mix)
     workers: int = 4
     """Of the timm pipeline: processes per rank that decode and augment; 0 does it between the steps."""
@@ -238,7 +241,7 @@ class MergeNet:
         return typing.get_args(Control)
 
 
-Objective = Literal["none", "kd", "rkd", "dkd", "nkd", "tfkd", "uskd", "crd", "ofa", "fitnet", "fbt"]
+Objective = Literal["none", "kd", "rkd", "dkd", "nkd", "tfkd", "uskd", "crd", "ofa", "fitnet", "fcfd", "fbt"]
 """What a student learns besides its labels: nothing, or the loss of this method."""
 
 
@@ -259,6 +262,10 @@ class Teacher:
     std: tuple[float, ...] = ()
     zero: str = ""
     """Empty keeps a whole copy on every rank; a ZeRO-3 file shards it (for teachers too large for that)."""
+    logits: Literal["live", "stored"] = "live"
+    """`stored` computes them once for every sample and augmentation, before training, and keeps them on disk below the
+    output folder for all runs that see the same pictures. For objectives that ask for logits alone, and data whose
+    augmentations repeat."""
 
 
 @dataclass(frozen=True)
@@ -373,6 +380,22 @@ class FitNet:
 
 
 @dataclass(frozen=True)
+class FCFD:
+    """Function-consistent feature distillation (Liu et al. 2023), between CNNs."""
+
+    temperature: float = 8.0
+    """8 for ResNet50 -> MobileNetV2 and unlike CNNs, 4 for those of one family, 1 on ImageNet."""
+    weight: float = 5.0
+    """Of the squared errors between features; 0.02 for ResNet56 -> ResNet20 and on ImageNet."""
+    paths: int = 2
+    """Mixed paths that each step draws, of six."""
+    warmup: float = 1 / 12
+    """Share of the run over which the weight rises from 0: 20 of 240 epochs."""
+    tokens: bool = False
+    """Models of tokens too, which FCFD was not made for: their patches count as maps."""
+
+
+@dataclass(frozen=True)
 class FBT:
     """Fuse before transfer (arXiv 2410.12342)."""
 
@@ -412,6 +435,7 @@ class Distill:
     crd: CRD = field(default_factory=CRD)
     ofa: OFA = field(default_factory=OFA)
     fitnet: FitNet = field(default_factory=FitNet)
+    fcfd: FCFD = field(default_factory=FCFD)
     fbt: FBT = field(default_factory=FBT)
 
     @property

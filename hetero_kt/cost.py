@@ -20,6 +20,7 @@ from hetero_kt.nn.adapter import build_adapter
 from hetero_kt.nn.branches import Branches
 from hetero_kt.nn.fused import macs as connector_macs
 from hetero_kt.nn.fused import route
+from hetero_kt.nn.losses.memory import Memory
 from hetero_kt.nn.stages import Layout, Stages, split
 
 MOMENTS = {"sgd": 1, "adamw": 2}
@@ -102,6 +103,13 @@ def aside_cost(
     if objective.aside is None:
         return None
     return objective.name, _cost(objective.aside, 0, replace(model, ema=0.0), world)
+
+
+def crd_bytes(recipe: Recipe) -> int:
+    """What CRD's memory of all samples takes on every rank, for one teacher."""
+    assert isinstance(recipe.method, Distill)
+    ((_, model),) = recipe.models.items()
+    return Memory.bytes(data.samples(recipe.data[model.data], recipe.data_dir), recipe.method.crd.width)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -11,12 +11,13 @@ from hetero_kt.checks import BERTS, largest_divisor, split_site
 from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe, Text, Transfer
 from hetero_kt.data import GENERATED, PAIRS, TEXTS
 from hetero_kt.models import build
-from hetero_kt.models.teacher import RANDOM
+from hetero_kt.models.teacher import RANDOM, RUN
 from hetero_kt.nn.reencode import list_weights
 
 DEBUG_STEPS = 4
 DEBUG_BATCH = 8
 DEBUG_RANK = 4
+DEBUG_CANDIDATES = 4
 
 TINY_TEXT = Text(GENERATED, length=64, stride=16, question=16)
 
@@ -36,12 +37,13 @@ TINY = {
 """The tiny model that stands for a family under `--debug`, by how the family's models are called."""
 
 
-def shrink(recipe: Recipe, world: int = 1) -> Recipe:
+def shrink(recipe: Recipe, world: int = 1, before: Collection[str] = ()) -> Recipe:
     """`--debug`: the same models' families, methods and code paths, in seconds on one core.
 
     Tiny models on generated pictures and texts, at most four steps of about eight rows (a multiple of `world`, so that
     any number of ranks works), ranks of at most four. A weight that the tiny model lacks is replaced by its
-    last one of the same kind, for example the last projection for `blocks.5.2.conv_pwl.weight`.
+    last one of the same kind, for example the last projection for `blocks.5.2.conv_pwl.weight`. Teachers are fresh, but
+    for those that are trained `before` in the same start: recipes by name.
     """
     share = -(-DEBUG_BATCH // world)
     if any(entry.name == "captions" for entry in recipe.data.values()):
@@ -63,10 +65,10 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
     }
     return replace(
         recipe,
-        name=f"{recipe.name}_debug",
+        name=debugged(recipe.name),
         models=models,
         data=data,
-        method=_tiny_method(recipe, models),
+        method=_tiny_method(recipe, models, before),
         steps=min(recipe.steps, DEBUG_STEPS),
         log_every=1,
         eval_every=min(recipe.eval_every, DEBUG_STEPS),
@@ -77,7 +79,7 @@ def shrink(recipe: Recipe, world: int = 1) -> Recipe:
 def _tiny_data(entry: Data, batch: int) -> Data:
     small = replace(entry, batch=batch, per_class=0, validation=0.0, fraction=1.0, folder="", workers=0)
     if entry.name in PAIRS:
-        return replace(small, text=TINY_TEXT, image_size=TINY_WORLD)
+        return replace(small, text=TINY_TEXT, image_size=TINY_WORLD, candidates=DEBUG_CANDIDATES)
     if entry.name in TEXTS:
         return replace(small, text=TINY_TEXT)
     return replace(small, name="generated", image_size=32)
@@ -92,13 +94,18 @@ def _tiny(name: str) -> str:
     return next((tiny for family, tiny in TINY.items() if bare.startswith(family)), name)
 
 
-def _tiny_method(recipe: Recipe, models: Mapping[str, Model]) -> MergeNet | Distill:
+def debugged(name: str) -> str:
+    """What a recipe is called under `--debug`."""
+    return f"{name}_debug"
+
+
+def _tiny_method(recipe: Recipe, models: Mapping[str, Model], before: Collection[str]) -> MergeNet | Distill:
     if isinstance(recipe.method, MergeNet):
         return replace(recipe.method, transfers=_tiny_transfers(recipe, recipe.method, models))
-    teachers = {
-        name: replace(teacher, name=_tiny(teacher.name), init=RANDOM, pretrained=False, image_size=0)
-        for name, teacher in recipe.method.teachers.items()
-    }
+    teachers = {}
+    for name, teacher in recipe.method.teachers.items():
+        init = debugged(teacher.init) if teacher.init.removeprefix(RUN) in before else RANDOM
+        teachers[name] = replace(teacher, name=_tiny(teacher.name), init=init, pretrained=False, image_size=0)
     return replace(recipe.method, teachers=teachers)
 
 

@@ -104,7 +104,7 @@ def fingerprint(
     return {
         "data": {name: [train[name].fingerprint(), test[name].fingerprint()] for name in recipe.data},
         "zero": {name: zero_block(model.zero)["stage"] for name, model in recipe.models.items()},
-        "teachers": {name: teacher.checksum() for name, teacher in teachers.items()},
+        "teachers": {name: teacher.checksum for name, teacher in teachers.items()},
     }
 
 

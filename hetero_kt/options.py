@@ -170,7 +170,7 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
     _, world = place()
     check_options(options)
     if options.debug:
-        recipe = shrink(recipe, world)
+        recipe = shrink(recipe, world, [variants[name]().name for name in options.first if name in variants])
         # Four steps are not worth resuming: a second try would find the first one finished and do nothing.
         options = replace(options, resume="never") if options.resume == "auto" else options
     recipe = replace(recipe, data_dir=recipe.data_dir or os.environ.get("HETERO_KT_DATA", "") or "data")
@@ -238,28 +238,33 @@ def runs(recipe: Recipe, options: Options) -> list[Recipe]:
 
 def runs_before(recipe: Recipe, options: Options, variants: Variants | Callable[[], Recipe]) -> list[Recipe]:
     """The recipes of `--first`, in the folders, with the ZeRO file and (for a teacher of `recipe`) the model of
-    `recipe`. `--debug` takes fresh teachers and has none.
+    `recipe`; with `--debug`, as small as it is.
 
     Raises:
         ValueError: a variant that does not exist, or a recipe that cannot run.
     """
     variants = variants if isinstance(variants, Mapping) else {"default": variants}
-    before = []
-    for name in () if options.debug else options.first:
+    for name in options.first:
         if name not in variants:
             raise ValueError(f"--first {name} is unknown: use {nearest(name, variants)}.")
-        one = variants[name]()
+    makes = [variants[name]() for name in options.first]
+    before: list[Recipe] = []
+    for i, one in reversed(list(enumerate(makes))):
+        if options.debug:
+            one = shrink(one, place()[1], [earlier.name for earlier in makes[:i]])
         models = dict(one.models)
-        for teacher in getattr(recipe.method, "teachers", {}).values():
-            if teacher.init == f"run:{one.name}" and len(models) == 1:
-                models = {key: replace(model, name=teacher.name) for key, model in models.items()}
-                (student,) = recipe.models.values()
-                one = replace(one, data=_same_pictures(one.data, recipe.data[student.data], teacher.image_size))
+        for student in (*before, recipe):  # a teacher's teacher sees the student's pictures too
+            for teacher in getattr(student.method, "teachers", {}).values():
+                if teacher.init == f"run:{one.name}" and len(models) == 1:
+                    models = {key: replace(model, name=teacher.name) for key, model in models.items()}
+                    (taught,) = student.models.values()
+                    data = _same_pictures(one.data, student.data[taught.data], teacher.image_size)
+                    one = replace(one, data=data)
         if options.zero_config:
             models = {key: replace(model, zero=options.zero_config) for key, model in models.items()}
         one = replace(one, models=models, data_dir=recipe.data_dir, output_dir=recipe.output_dir)
         check(one, place()[1])
-        before.append(one)
+        before.insert(0, one)
     return before
 
 

@@ -6,12 +6,14 @@ Everything that can be refused is refused on plain modules, before an engine sta
 
 from __future__ import annotations
 
+import dataclasses
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,11 @@ from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.distributed.learner import Learner, build_learner
-from hetero_kt.methods import Method, distill, mergenet
+from hetero_kt.methods import Method, distill, mergenet, objectives
 from hetero_kt.methods.fbt import FBT
+from hetero_kt.methods.sharing import Sharing
+from hetero_kt.models.stored import Store, Stored
+from hetero_kt.models.stored import fill as fill_store
 from hetero_kt.models.teacher import RANDOM, Frozen, build_teacher, weights_of
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import AdapterConfig
@@ -41,6 +46,8 @@ class Prepared:
     teachers: dict[str, Frozen]
     start: Callable[[], Method]
     """Makes the engines. Collective."""
+    fill: Callable[[], None] = lambda: None
+    """Computes what has to be on disk before. Collective; raises ValueError on all ranks."""
 
 
 def prepare(recipe: Recipe, modules: Mapping[str, nn.Module], train: Mapping[str, Any], ranks: Ranks) -> Prepared:
@@ -265,8 +272,10 @@ def _factorise(modules: Mapping[str, nn.Module], site: str, rank: int, option: s
         raise ValueError(f"--method.transfers.{option} {site}: {error}") from error
 
 
-def _exchange(recipe: Recipe, transfers: Sequence[mergenet.Transfer]) -> mergenet.Exchange:
+def _exchange(recipe: Recipe, transfers: Sequence[mergenet.Transfer]) -> mergenet.Exchange | Sharing:
     assert isinstance(recipe.method, MergeNet)
+    if recipe.method.control == "sharing":
+        return Sharing(transfers)
     return mergenet.Exchange(transfers, control=recipe.method.control, seed=recipe.seed, steps=recipe.steps)
 
 
@@ -331,12 +340,38 @@ def _prepare_distill(
                 device=ranks.device,
                 autocast=model.precision != "fp32",
             )
+    stored = {
+        key: Stored(teacher, _store(recipe, key, teacher, loader), loader)
+        for key, teacher in teachers.items()
+        if method.teachers[key].logits == "stored"
+    }
+    for one in stored.values():
+        one.store.check(ranks.rank, ranks.world)
     seed_by_name(recipe, method.objective)
-    drawn = distill.Drawn(loader.order, labels_of(loader), recipe.seed) if method.objective == "crd" else None
-    objective = build_objective(method, stages, teachers, loader.classes, recipe.budget(name), drawn, ranks.device)
+    objective = build_objective(
+        method,
+        stages,
+        teachers | stored,
+        loader.classes,
+        steps=recipe.budget(name),
+        seed=recipe.seed,
+        drawn=objectives.Drawn(loader.order, loader.labels, recipe.seed),
+        device=ranks.device,
+    )
     aside = objective.aside.to(ranks.device) if objective.aside is not None else None
     if aside is not None:
         _check_precision(f"--models.{name}.precision", model.precision, aside, f"{method.objective}'s {objective.name}")
+
+    def fill() -> None:
+        rows = model.micro_batch or pictures.batch // ranks.world
+        dtype = next(module.parameters()).dtype if model.precision != "bf16" else torch.bfloat16
+        for key, one in stored.items():
+            one.live.start()
+            started = time.perf_counter()
+            shards = fill_store(one.store, one.live, loader, ranks, rows, dtype)
+            if ranks.first and shards:
+                took = time.perf_counter() - started
+                print(f"{key}: {shards} shards of logits computed in {took:.0f} s", flush=True)
 
     def start() -> Method:
         learners = {name: _learner(recipe, name, module, ranks)}
@@ -345,15 +380,40 @@ def _prepare_distill(
         for teacher in teachers.values():
             teacher.start()
         return distill.Distillation(
-            learners, objective, label_smoothing=model.label_smoothing, label_weight=method.label_weight
+            learners,
+            objective,
+            label_smoothing=model.label_smoothing,
+            label_weight=method.label_weight,
+            stored=list(stored.values()),
         )
 
     added = {objective.name: parameters(aside)} if aside is not None else {}
-    return Prepared(added, teachers, start)
+    return Prepared(added, teachers, start, fill)
+
+
+def _store(recipe: Recipe, name: str, teacher: Frozen, loader: Any) -> Store:
+    """Where the logits of the teacher `name` are kept, and what they depend on."""
+    assert isinstance(recipe.method, Distill)
+    ((_, model),) = recipe.models.items()
+    pictures, config = recipe.data[model.data], recipe.method.teachers[name]
+    transform: Any = list(pictures.augment) if pictures.pipeline == "fast" else dataclasses.asdict(pictures.transform)
+    about = {
+        "teacher": config.name,
+        "weights": teacher.checksum,
+        "teacher sees": [teacher.image_size, teacher.scale.flatten().tolist(), teacher.shift.flatten().tolist()],
+        "data": pictures.name,
+        "set": loader.fingerprint(),
+        "pictures": [pictures.pipeline, pictures.image_size, list(loader.mean), list(loader.std), transform],
+        "seed": recipe.seed if transform else 0,
+        "precision": model.precision,
+    }
+    root = Path(recipe.output_dir) / "teacher_logits"
+    return Store(root, about, loader.samples, pictures.augmentations or 1, loader.classes)
 
 
 def check_pairs(recipe: Recipe, made_before: set[str]) -> None:
-    """Refuse, before anything trains, a student without stages and teachers whose weights will not be there.
+    """Refuse, before anything trains, models without stages, pairs that an objective does not suit, and teachers whose
+    weights will not be there.
 
     Args:
         made_before: recipes that will have run by then.
@@ -366,54 +426,67 @@ def check_pairs(recipe: Recipe, made_before: set[str]) -> None:
         return
     ((name, model),) = recipe.models.items()
     pictures = recipe.data[model.data]
-    _split(f"--models.{name}.name", model.name, pictures, recipe.data_dir, pictures.image_size)
+    staged = [_split(f"--models.{name}.name", model.name, pictures, recipe.data_dir, pictures.image_size)]
     for teacher, config in method.teachers.items() if method.taught else ():
         option = f"--method.teachers.{teacher}"
-        _split(f"{option}.name", config.name, pictures, recipe.data_dir, config.image_size or pictures.image_size)
+        size = config.image_size or pictures.image_size
+        staged.append(_split(f"{option}.name", config.name, pictures, recipe.data_dir, size))
         if config.init not in ("", RANDOM) and config.init.removeprefix("run:") not in made_before:
             weights_of(config.init, f"{option}.init", recipe.output_dir)
+    if method.objective == "fcfd":
+        objectives.check_cnns(method.fcfd, *staged)
 
 
-def _split(option: str, name: str, pictures: Data, data_dir: str, size: int) -> None:
+def _split(option: str, name: str, pictures: Data, data_dir: str, size: int) -> Stages:
     try:
-        split(models.build(name, data.classes(pictures, data_dir), image_size=size), size)
+        return split(models.build(name, data.classes(pictures, data_dir), image_size=size), size)
     except ValueError as error:
         raise ValueError(f"{option} {name}: {str(error).rstrip('.')}.") from error
 
 
-def labels_of(loader: Any) -> Tensor:
-    """The class of every training sample of a loader of pictures, (S,)."""
-    return torch.as_tensor((loader.images if hasattr(loader, "images") else loader._source).labels).cpu()
+class _Around(NamedTuple):
+    """What an objective is built between."""
+
+    student: Stages
+    teachers: objectives.Teachers
+    classes: int
+    steps: int
+    seed: int
+    drawn: objectives.Drawn | None
+    device: torch.device | str
+
+
+OBJECTIVES: dict[str, Callable[[Distill, _Around], objectives.Objective]] = {
+    "none": lambda method, around: objectives.Alone(),
+    "kd": lambda method, around: objectives.KD(method.kd, around.teachers),
+    "rkd": lambda method, around: objectives.RKD(method.rkd, around.teachers),
+    "dkd": lambda method, around: objectives.DKD(method.dkd, around.teachers, around.steps),
+    "nkd": lambda method, around: objectives.NKD(method.nkd, around.teachers),
+    "tfkd": lambda method, around: objectives.TfKD(method.tfkd, around.teachers),
+    "uskd": lambda method, around: objectives.USKD(method.uskd, around.student, around.classes),
+    "crd": lambda method, around: objectives.CRD(
+        method.crd, around.student, around.teachers, around.drawn, around.device
+    ),
+    "ofa": lambda method, around: objectives.OFA(method.ofa, around.student, around.teachers, around.classes),
+    "fitnet": lambda method, around: objectives.FitNet(method.fitnet, around.student, around.teachers),
+    "fcfd": lambda method, around: objectives.FCFD(
+        method.fcfd, around.student, around.teachers, around.steps, around.seed
+    ),
+    "fbt": lambda method, around: FBT(method.fbt, around.student, around.teachers, method.kd.temperature),
+}
+"""Of the recipe's `objective`: its settings, and what it stands between -> itself."""
 
 
 def build_objective(
     method: Distill,
     student: Stages,
-    teachers: Mapping[str, Frozen],
+    teachers: objectives.Teachers,
     classes: int,
+    *,
     steps: int = 0,
-    drawn: distill.Drawn | None = None,
+    seed: int = 0,
+    drawn: objectives.Drawn | None = None,
     device: torch.device | str = "cpu",
-) -> distill.Objective:
+) -> objectives.Objective:
     """The recipe's objective; without `steps` and `drawn`, one to look at only."""
-    if method.objective == "kd":
-        return distill.KD(method.kd, teachers)
-    if method.objective == "rkd":
-        return distill.RKD(method.rkd, teachers)
-    if method.objective == "dkd":
-        return distill.DKD(method.dkd, teachers, steps)
-    if method.objective == "nkd":
-        return distill.NKD(method.nkd, teachers)
-    if method.objective == "tfkd":
-        return distill.TfKD(method.tfkd, teachers)
-    if method.objective == "uskd":
-        return distill.USKD(method.uskd, student, classes)
-    if method.objective == "crd":
-        return distill.CRD(method.crd, student, teachers, drawn, device)
-    if method.objective == "ofa":
-        return distill.OFA(method.ofa, student, teachers, classes)
-    if method.objective == "fitnet":
-        return distill.FitNet(method.fitnet, student, teachers)
-    if method.objective == "fbt":
-        return FBT(method.fbt, student, teachers, temperature=method.kd.temperature)
-    return distill.Alone()
+    return OBJECTIVES[method.objective](method, _Around(student, teachers, classes, steps, seed, drawn, device))

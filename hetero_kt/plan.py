@@ -17,6 +17,7 @@ from hetero_kt.cost import (
     TransferCost,
     additions,
     aside_cost,
+    crd_bytes,
     macs_of,
     model_cost,
     student_stages,
@@ -47,7 +48,7 @@ def show(recipe: Recipe, world: int, memory: float = 0.0) -> None:
     teachers: Mapping[str, Stages] = {}
     added = 0
     if isinstance(method, MergeNet):
-        if method.transfers:
+        if method.transfers and method.control != "sharing":  # which has no adapters
             paths = {name: transfer_cost(recipe, name, modules) for name in method.transfers}
             tables.append(_transfers_table(method, paths))
             added = sum(ADAPTER_BYTES * path.adapter for path in paths.values())
@@ -61,6 +62,9 @@ def show(recipe: Recipe, world: int, memory: float = 0.0) -> None:
         if teachers:
             tables.append(_teachers_table(recipe, method, teachers, world))
             added = sum(teacher_bytes(method.teachers[name], one.model, world) for name, one in teachers.items())
+        if method.objective == "crd":
+            tables.append(_memory_table(recipe, method))
+            added += len(teachers) * crd_bytes(recipe)
         # The other objectives add neither, and Table 6 compares these two.
         if method.objective in ("fbt", "ofa"):
             tables.append(_additions_table(recipe, method, ours, teachers))
@@ -155,6 +159,15 @@ def _teachers_table(recipe: Recipe, method: Distill, teachers: Mapping[str, Stag
             _billions(macs_of(module, torch.zeros(1, 3, size, size))),
             _bytes(teacher_bytes(teacher, module, world)),
         )
+    return table
+
+
+def _memory_table(recipe: Recipe, method: Distill) -> Table:
+    table = Table(title="CRD's memory: every sample's two embeddings, whole on every rank")
+    for heading in ("teacher", "memory"):
+        table.add_column(heading, justify="left" if heading == "teacher" else "right")
+    for name in method.teachers:
+        table.add_row(name, _bytes(crd_bytes(recipe)))
     return table
 
 

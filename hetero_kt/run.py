@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
     except ValueError as error:
         leave(error, alone=True)
     try:
-        teachers = [(one, FRESH) for one in runs_before(recipe, options, variants)]
+        how = replace(FRESH, resume="never") if options.debug else FRESH
+        teachers = [(one, how) for one in runs_before(recipe, options, variants)]
         wanted = [(one, options) for one in runs(recipe, options)]
         with agreed():  # hours of a teacher's training before a complaint about its student would be unkind
             for one in {one.method.arm: one for one, _ in wanted}.values():
@@ -144,6 +146,8 @@ def _run(
         _announce(recipe, parameters, prepared, train, start_from)
     told = _left_out(ranks, train, test)  # hours of training before such news would be unkind
 
+    with _agreed(ranks):
+        prepared.fill()
     torch.manual_seed(recipe.seed * 100_003 + 1 + ranks.rank)  # dropout differs between ranks, weights do not
     method = prepared.start()
     trainer = Trainer(

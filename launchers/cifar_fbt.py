@@ -9,7 +9,8 @@ Ablations (main, Table 4): --method.fbt.block none, --method.fbt.no-last-stage, 
           --method.fbt.pair ofa (or infonce), --method.fbt.no-detach, --method.fbt.fused-labels
 Variants: default (CNN student: Swin-T -> ResNet18) and tokens (MSA/MLP student: ConvNeXt-T -> DeiT-T), each with its
           published schedule; paradigm_a to paradigm_e (appendix, Table 3); cpu and digits (our reduced pairs, after
-          --first cpu_teacher or digits_teacher).
+          --first cpu_teacher or digits_teacher); cpu_paradigm_a (after --first cpu_teacher cpu_assistant), _d and _e
+          (after cpu_teacher cpu_mixer_teacher).
 Hardware: one GPU with 40 GB; about 20 hours a run (an estimate).
 Expected: Swin-T -> ResNet18 81.61 (alone 74.01, KD 78.74, OFA 80.54) with a teacher of 89.26, on the test set's 10,000.
 """
@@ -60,18 +61,22 @@ def tokens() -> Recipe:
     return recipe("cifar_fbt_tokens", student, Distill({"teacher": teacher}), data)
 
 
-def paradigm(letter: str) -> Recipe:
+def ways(letter: str, swin: Teacher, resnet34: Teacher, assistant: str) -> Distill:
     """Appendix, Table 3: every term is L_KD. (A) is progressive: the assistant learns from Swin-T before."""
-    teachers = {"swin": SWIN, "resnet34": RESNET34}
+    teachers = {"swin": swin, "resnet34": resnet34}
     fbt = FBT(pair="kd")
-    ways = {
-        "a": Distill({"assistant": replace(RESNET34, init="run:cifar_fbt_assistant")}, "kd"),
-        "b": Distill({"swin": SWIN}, fbt=replace(fbt, terms=("teacher_fused", "fused_student"))),
-        "c": Distill({"swin": SWIN}, fbt=fbt),
+    return {
+        "a": Distill({"assistant": replace(resnet34, init=f"run:{assistant}")}, "kd"),
+        "b": Distill({"swin": swin}, fbt=replace(fbt, terms=("teacher_fused", "fused_student"))),
+        "c": Distill({"swin": swin}, fbt=fbt),
         "d": Distill(teachers, "kd"),
         "e": Distill(teachers, fbt=fbt),
-    }
-    return recipe(f"cifar_fbt_paradigm_{letter}", cnn("timm:resnet18"), ways[letter])
+    }[letter]
+
+
+def paradigm(letter: str) -> Recipe:
+    method = ways(letter, SWIN, RESNET34, "cifar_fbt_assistant")
+    return recipe(f"cifar_fbt_paradigm_{letter}", cnn("timm:resnet18"), method)
 
 
 def assistant() -> Recipe:
@@ -97,12 +102,26 @@ def small(name: str, model: str, method: Distill, data: Data, steps: int) -> Rec
 
 
 def cpu() -> Recipe:
-    teacher = Teacher("cifar:resnet_small", init="run:cifar_fbt_cpu_teacher")
-    return small("cifar_fbt_cpu", "cifar:mixer_tiny", Distill({"teacher": teacher}), CROPS, 2000)
+    return small("cifar_fbt_cpu", "cifar:mixer_tiny", Distill({"teacher": CPU_TEACHER}), CROPS, 2000)
 
 
 def cpu_teacher() -> Recipe:
     return small("cifar_fbt_cpu_teacher", "cifar:resnet_small", Distill({}, "none"), CROPS, 4700)
+
+
+def cpu_paradigm(letter: str) -> Recipe:
+    """A small ResNet stands for Swin-T and a small Mixer for ResNet34: the student is of the latter's family."""
+    method = ways(letter, CPU_TEACHER, CPU_MIXER, "cifar_fbt_cpu_assistant")
+    return small(f"cifar_fbt_cpu_paradigm_{letter}", "cifar:mixer_tiny", method, CROPS, 2000)
+
+
+def cpu_assistant() -> Recipe:
+    method = Distill({"teacher": CPU_TEACHER}, "kd")
+    return small("cifar_fbt_cpu_assistant", CPU_MIXER.name, method, CROPS, 2000)
+
+
+def cpu_mixer_teacher() -> Recipe:
+    return small("cifar_fbt_cpu_mixer_teacher", CPU_MIXER.name, Distill({}, "none"), CROPS, 4700)
 
 
 def digits() -> Recipe:
@@ -117,6 +136,8 @@ def digits_teacher() -> Recipe:
 
 
 CROPS = Data(batch=64, augment=("crop", "flip"))
+CPU_TEACHER = Teacher("cifar:resnet_small", init="run:cifar_fbt_cpu_teacher")
+CPU_MIXER = Teacher("cifar:mixer_small", init="run:cifar_fbt_cpu_mixer_teacher")
 
 VARIANTS: dict[str, Callable[[], Recipe]] = {
     "default": default,
@@ -128,6 +149,9 @@ VARIANTS: dict[str, Callable[[], Recipe]] = {
     "resnet34_teacher": resnet34_teacher,
     "cpu": cpu,
     "cpu_teacher": cpu_teacher,
+    **{f"cpu_paradigm_{letter}": partial(cpu_paradigm, letter) for letter in "ade"},
+    "cpu_assistant": cpu_assistant,
+    "cpu_mixer_teacher": cpu_mixer_teacher,
     "digits": digits,
     "digits_teacher": digits_teacher,
 }

@@ -2,6 +2,8 @@
 
 Table 1:  deepspeed launchers/cifar_mergenet.py --variant paper --compare none noise shuffled --seeds 0 1 2
 Table 7:  --method.transfers.to-mobilenetv2.adapter.kind mlp; or .unfold individual, .weights average
+Fig. 1:   --variant one_way --control sharing --method.transfers.to-mobilenetv2.mode full
+          --method.transfers.to-mobilenetv2.source resnet50:layer4.0.conv1.weight
 Fig. 3:   --method.transfers.to-mobilenetv2.cycle 1, then 2 to 5
 Variants: default (the released code's SGD training of the models, with our adapter between factors), one_way
           (without MobileNetV2 -> ResNet50), paper; gpu (default in eight epochs of bf16 autocast);

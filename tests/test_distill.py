@@ -37,11 +37,11 @@ from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.distributed.learner import build_learner
 from hetero_kt.distributed.saved import Saved, SavedModel
 from hetero_kt.folder import run_folder
-from hetero_kt.methods import distill
+from hetero_kt.methods import distill, objectives
 from hetero_kt.methods.fbt import FBT
 from hetero_kt.models.teacher import Frozen
 from hetero_kt.nn.losses.memory import Memory, Negatives
-from hetero_kt.nn.stages import Stages, expose
+from hetero_kt.nn.stages import Stages, _statistics_kept, expose
 from hetero_kt.options import Options
 from hetero_kt.tasks.classification import evaluate
 
@@ -281,6 +281,7 @@ def uskd_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tenso
 
 
 SAMPLES, NEGATIVES = 20, 5
+FCFD = config.FCFD(temperature=2, weight=0.3, paths=3, warmup=0.5)
 
 
 class Rows:
@@ -294,8 +295,8 @@ class Rows:
         return samples.numpy() * 0, samples.numpy()
 
 
-def drawn(rank: int, world: int) -> distill.Drawn:
-    return distill.Drawn(Rows(rank, world), torch.arange(SAMPLES) % 3, 7)  # type: ignore[arg-type]
+def drawn(rank: int, world: int) -> objectives.Drawn:
+    return objectives.Drawn(Rows(rank, world), torch.arange(SAMPLES) % 3, 7)  # type: ignore[arg-type]
 
 
 class CRDTerms:
@@ -335,6 +336,61 @@ class CRDTerms:
         return {"student/loss": own_loss, "teacher_to_student/crd_loss": 0.05 * loss / len(rows)}
 
 
+class FCFDTerms:
+    """Each path written out stage by stage, with both ranks' and pieces' calls counted."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.drawn = objectives.FCFD.__new__(objectives.FCFD)
+        self.drawn.settings, self.drawn.teachers, self.drawn.seed, self.drawn.warmup = FCFD, {"teacher": None}, 3, 2
+
+    def __call__(self, student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        step = self.calls // 4
+        self.calls += 1
+        self.drawn.begin(step)
+        answer, known = run_stages(student, x), known_of(teacher, x)
+        targets = known["stages"]
+
+        def kd(logits: Tensor) -> Tensor:
+            q, p = (logits / 2).log_softmax(1), (known["logits"] / 2).softmax(1)
+            return 4 * (p * (p.log() - q)).sum(1).mean()
+
+        def errors(k: int, feature: Tensor) -> Tensor:
+            found = (feature - targets[k]).square().mean()
+            if k == 3:
+                pooled = [one.clamp(min=0).mean((2, 3)) for one in (feature, targets[k])]
+                found = found + (pooled[0] - pooled[1]).square().mean()
+            return found
+
+        bridged = [aside.to_teacher["teacher"][k](answer["stages"][k]) for k in range(4)]
+        looks = [errors(k, feature) for k, feature in enumerate(bridged)]
+        reads, ends = [torch.zeros(())], [torch.zeros(())]
+        for way, stage in self.drawn.drawn["teacher"]:
+            model = {"to_teacher": teacher, "to_student": student}[way]
+            if way == "to_teacher":
+                feature = bridged[stage - 1]
+            else:
+                feature = aside.to_student["teacher"][stage - 1](targets[stage - 1])
+            with _statistics_kept([student.model]):
+                for k in range(stage, 4):
+                    feature = model.stage(k + 1, feature)
+                    if way == "to_teacher":
+                        reads.append(errors(k, feature))
+                ends.append(kd(model.head(feature)[1]))
+        for bridge in aside.to_student["teacher"]:
+            for parameter in bridge.parameters():  # so that it decays also in a step that does not use it
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        risen = 0.3 * min((step + 1) / 2, 1)
+        return {
+            "student/loss": F.cross_entropy(answer["logits"], y),
+            "teacher_to_student/kd_loss": kd(answer["logits"]),
+            "teacher_to_student/feature_loss": risen * sum(looks),  # type: ignore[dict-item]
+            "teacher_to_paths/kd_loss": sum(ends),  # type: ignore[dict-item]
+            "teacher_to_paths/feature_loss": risen * sum(reads),  # type: ignore[dict-item]
+        }
+
+
 def none_terms(student: Stages, teacher: Stages, aside: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {"student/loss": F.cross_entropy(run_stages(student, x)["logits"], y)}
 
@@ -356,27 +412,29 @@ def known_of(teacher: Stages, x: Tensor) -> dict[str, Any]:
 def objective(kind: str, student: Stages, teachers: dict[str, Frozen]) -> Any:
     torch.manual_seed(5)
     if kind == "kd":
-        return distill.KD(config.KD(temperature=3, weight=2), teachers)
+        return objectives.KD(config.KD(temperature=3, weight=2), teachers)
     if kind == "ofa":
-        return distill.OFA(config.OFA(gamma=1.5, weight=0.5), student, teachers, CLASSES)
+        return objectives.OFA(config.OFA(gamma=1.5, weight=0.5), student, teachers, CLASSES)
     if kind == "none":
-        return distill.Alone()
+        return objectives.Alone()
     if kind == "rkd":
-        return distill.RKD(config.RKD(), teachers)
+        return objectives.RKD(config.RKD(), teachers)
     if kind == "dkd":
-        return distill.DKD(config.DKD(warmup=0.5), teachers, STEPS)
+        return objectives.DKD(config.DKD(warmup=0.5), teachers, STEPS)
     if kind == "nkd":
-        return distill.NKD(config.NKD(), teachers)
+        return objectives.NKD(config.NKD(), teachers)
     if kind in ("tfkd", "tfkd self"):
         form: Any = "self" if kind == "tfkd self" else "regularised"
-        return distill.TfKD(config.TfKD(form, public=form == "self"), teachers)
+        return objectives.TfKD(config.TfKD(form, public=form == "self"), teachers)
     if kind == "uskd":
-        return distill.USKD(config.USKD(), student, CLASSES)
+        return objectives.USKD(config.USKD(), student, CLASSES)
+    if kind == "fcfd":
+        return objectives.FCFD(FCFD, student, teachers, STEPS, seed=3)
     if kind == "crd":
         settings = config.CRD(weight=0.05, width=6, negatives=NEGATIVES, public=False)
         place = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return distill.CRD(settings, student, teachers, drawn(*place))
-    return distill.FitNet(config.FitNet(kind, weight=0.5), student, teachers)  # type: ignore[arg-type]
+        return objectives.CRD(settings, student, teachers, drawn(*place))
+    return objectives.FitNet(config.FitNet(kind, weight=0.5), student, teachers)  # type: ignore[arg-type]
 
 
 BASELINES: dict[str, Callable[[], Terms]] = {
@@ -389,6 +447,7 @@ BASELINES: dict[str, Callable[[], Terms]] = {
     "tfkd self": lambda: self_terms,
     "uskd": lambda: uskd_terms,
     "crd": CRDTerms,
+    "fcfd": FCFDTerms,
     "ofa": lambda: ofa_terms,
     **dict.fromkeys(("stages", "final", "pooled", "infonce"), lambda: fitnet_terms),
 }
@@ -474,11 +533,33 @@ def plain_baseline(kind: str, case: str, world: int) -> dict[str, Any]:
         *((kind, "transformer learns from cnn", 2) for kind in ("ofa", "stages", "final", "infonce")),
         *((kind, "cnn learns from transformer", 1) for kind in ("rkd", "nkd", "tfkd self", "crd")),
         *((kind, "transformer learns from cnn", 3) for kind in ("dkd", "tfkd", "uskd", "crd")),
+        *(("fcfd", "cnn learns from cnn", stage) for stage in (1, 3)),
+        pytest.param("fcfd", "cnn learns from cnn", 2, marks=pytest.mark.slow),
     ],
 )
 def test_baselines_equal_a_plain_single_process(ranks: Any, kind: str, case: str, stage: int) -> None:
     found = ranks(2).run(train_baseline, kind, case, stage)
     assert_equal(found[0], plain_baseline(kind, case, 2))
+
+
+@pytest.mark.parametrize("tokens", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_fcfd_of_teachers_in_pieces_is_that_of_whole_ones(ranks: Any, tmp_path: Path, tokens: bool) -> None:
+    """Two teachers, accumulation and checkpointing, with as many paths as there are."""
+    names = ("cifar:vit_tiny", "cifar:swin_tiny") if tokens else ("cifar:resnet_tiny", "cifar:mobilenetv2_tiny")
+    found = []
+    for zero_file in ("", str(tmp_path / "zero3.json")):
+        folder = tmp_path / ("pieces" if zero_file else "whole")
+        base = tiny.distillation(folder, 3, "fcfd", steps=2)
+        (tmp_path / "zero3.json").write_text((folder / "zero3.json").read_text())
+        teachers = {f"teacher{i}": Teacher(name, init="random", zero=zero_file) for i, name in enumerate(names)}
+        settings = config.FCFD(paths=6, weight=0.1, tokens=tokens)
+        base = replace(base, method=replace(base.method, teachers=teachers, fcfd=settings))
+        recipe = tiny.with_student(base, micro_batch=2, checkpointing=True)
+        found.append(tiny.train(ranks(2), recipe)[0])
+    whole, pieces = found
+    for part in ("student", "bridges"):
+        for name, weight in whole[part].items():
+            torch.testing.assert_close(pieces[part][name], weight, atol=1e-5, rtol=1e-4, msg=f"{part} {name}")
 
 
 def begin(recipes: list[config.Recipe]) -> list[tuple[dict[str, Tensor], list[Tensor]]]:
@@ -503,14 +584,15 @@ def begin(recipes: list[config.Recipe]) -> list[tuple[dict[str, Tensor], list[Te
 def test_every_objective_starts_from_the_same_student_and_batches(ranks: Any, tmp_path: Path) -> None:
     base = tiny.distillation(tmp_path, steps=2)
     mixed = {"all": replace(base.data["all"], mix=Mix(mixup=0.8))}
-    recipes = [replace(base, data=mixed, method=base.method.with_arm(arm)) for arm in base.method.arms()]
-    assert len(recipes) == 11
+    method = replace(base.method, fcfd=config.FCFD(tokens=True))
+    recipes = [replace(base, data=mixed, method=method.with_arm(arm)) for arm in method.arms()]
+    assert len(recipes) == 12
     (first, shown), *others = ranks(1).run(begin, recipes)[0]
     for state, pictures in others:
         tiny.assert_equal(state, first)
         tiny.assert_equal(pictures, shown)
     finals = [load_file(run_folder(recipe) / "export" / "student.safetensors") for recipe in recipes]
-    assert len({final["conv1.weight"].numpy().tobytes() for final in finals}) == 11, "and then each goes its way"
+    assert len({final["conv1.weight"].numpy().tobytes() for final in finals}) == 12, "and then each goes its way"
     assert all(json.loads((run_folder(r) / "result.json").read_text())["control"] == r.method.arm for r in recipes)
 
 

@@ -191,7 +191,7 @@ def test_without_the_last_stage_the_connector_ends_in_what_the_classifier_reads(
     front, tail = staged("cifar:resnet_tiny"), expose(model, 32)
     connector = connect(front, tail, config.FBT(last_stage=False))
     tokens = connector(feature(front.layouts[2]))
-    answer = model(tail=tokens, last_stage=False)
+    answer = model(tail=tokens, after=4)
     assert answer["tail_logits"].shape == (2, CLASSES)
     assert answer["tail_pooled"].shape == (2, tail.width)
 

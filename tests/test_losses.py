@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from hetero_kt.config import Optim
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.params import Weight, read
-from hetero_kt.nn.losses import FitNet, InfoNCE, dkd, kd, nkd, ofa, rkd_angle, rkd_distance, tf_kd, uskd
+from hetero_kt.nn.losses import FitNet, InfoNCE, dkd, fcfd, kd, nkd, ofa, rkd_angle, rkd_distance, tf_kd, uskd
 from hetero_kt.nn.losses.contrast import LARGEST_SCALE
 from hetero_kt.nn.losses.precision import Projection
 from hetero_kt.nn.stages import Layout
@@ -572,3 +572,30 @@ def test_every_parameter_of_a_fitnet_learns_and_no_other_is_there(form: Any) -> 
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
+@settings(max_examples=20, deadline=None)
+@given(stages=st.integers(1, 3), rows=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_fcfd_is_its_formula(stages: int, rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(rows, 2 + k, 4 - k, 4 - k) for k in range(stages)]
+    ours, theirs = ([torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes] for _ in range(2))
+    expected = 0.0
+    for f, g in zip(ours, theirs, strict=True):
+        expected += (
+            sum((a - b) ** 2 for a, b in zip(f.flatten().tolist(), g.flatten().tolist(), strict=True)) / f.numel()
+        )
+    last = ours[-1].shape[1]
+    for row in range(rows):
+        for channel in range(last):
+            means = []
+            for maps in (ours, theirs):
+                values = maps[-1][row, channel].flatten().tolist()
+                means.append(sum(max(value, 0.0) for value in values) / len(values))
+            expected += (means[0] - means[1]) ** 2 / (rows * last)
+    torch.testing.assert_close(fcfd(ours, theirs), torch.tensor(expected, dtype=torch.float64))
+    for f in (*ours, *theirs):
+        f.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *maps: fcfd(maps, theirs), ours)
+    fcfd(ours, theirs).backward()
+    assert all(g.grad is None for g in theirs), "the teacher's features are given"

@@ -19,10 +19,9 @@ from tiny import Plan
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetero_kt import checks, config, options, parts
+from hetero_kt import checks, config, data, options, parts
 from hetero_kt import run as running
 from hetero_kt.config import Mix, TfKD
-from hetero_kt.data.images import ImageSet
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.folder import run_folder
 from hetero_kt.nn.losses import crd
@@ -79,19 +78,11 @@ def test_one_class_has_no_negatives() -> None:
 
 
 def test_labels_are_those_of_the_samples_that_an_order_names() -> None:
-    images = ImageSet.__new__(ImageSet)
-    object.__setattr__(images, "labels", torch.tensor([3, 1, 2]))
-
-    class OfMemory:
-        pass
-
-    loader: Any = OfMemory()
-    loader.images = images
-    assert parts.labels_of(loader).tolist() == [3, 1, 2]
-    reader: Any = OfMemory()
-    reader._source = OfMemory()
-    reader._source.labels = torch.tensor([3, 1]).numpy()
-    assert parts.labels_of(reader).tolist() == [3, 1]
+    for pipeline in ("fast", "timm"):
+        settings = config.Data("digits", batch=32, pipeline=pipeline, augment=(), workers=0)  # type: ignore[arg-type]
+        loader = data.open_loader(settings, train=True, seed=3)
+        _, shown = loader.batch(5)
+        assert torch.equal(loader.labels[torch.from_numpy(loader.order.rows(5)[1])], shown)
 
 
 def embeddings() -> Sides:

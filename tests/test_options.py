@@ -163,9 +163,12 @@ def test_what_tyro_refuses_is_shown_with_the_nearest(
         (["--variant", "papr"], "--variant papr is unknown: use default or short."),
         (
             ["--control", "nois"],
-            "--control nois is unknown: use noise, none, standardise, transfer, shuffled or frozen.",
+            "--control nois is unknown: use noise, none, standardise, transfer, shuffled, frozen or sharing.",
         ),
-        (["--compare", "kd"], "--compare kd is unknown: use transfer, none, noise, shuffled, frozen or standardise."),
+        (
+            ["--compare", "kd"],
+            "--compare kd is unknown: use transfer, none, noise, shuffled, frozen, standardise or sharing.",
+        ),
         (
             ["--models.resnet5.optim.lr", "1"],
             "--models.resnet5.optim.lr is about a model that recipe cifar does not have: use resnet50 or mobilenetv2.",
@@ -295,7 +298,7 @@ TO = "--method.transfers.to_mobilenetv2"
         (
             replace(recipe(), method=replace(recipe().method, control="noises")),  # type: ignore[arg-type]
             1,
-            "--control noises is unknown: use noise, none, standardise, transfer, shuffled or frozen.",
+            "--control noises is unknown: use noise, none, standardise, transfer, shuffled, frozen or sharing.",
         ),
         (replace(recipe(), seed=-1), 1, "--seed -1 is too small: use 0 or more."),
         (replace(recipe(), log_every=0), 1, "--log-every 0 is too small: use 1 or more."),

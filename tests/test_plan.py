@@ -13,11 +13,12 @@ from test_launchers import LAUNCHERS, load
 
 from hetero_kt import data, models, parts, plan
 from hetero_kt import run as running
-from hetero_kt.config import FBT, Data, Distill, FitNet, MergeNet, Model, Optim, Recipe, Teacher, Transfer
-from hetero_kt.cost import additions, aside_cost, connection, model_cost, transfer_cost
+from hetero_kt.config import CRD, FBT, Data, Distill, FitNet, MergeNet, Model, Optim, Recipe, Teacher, Transfer
+from hetero_kt.cost import additions, aside_cost, connection, crd_bytes, model_cost, transfer_cost
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.launch import Ranks
+from hetero_kt.nn.losses.memory import Memory
 from hetero_kt.nn.stages import Stages, split
 from hetero_kt.options import without_local_rank
 from hetero_kt.tasks import classification
@@ -191,6 +192,35 @@ def test_a_plan_prints_no_table_of_what_is_not_there(objective: Any, shown: list
     assert [word for word in ("frozen", "Table 6", "fused (aside)", "transfers") if word in printed] == shown
     plan.show(replace(recipe("full"), method=MergeNet({})), 2)
     assert "transfers" not in capsys.readouterr().out
+
+
+def test_crd_s_memory_is_what_it_holds(capsys: Any) -> None:
+    one = pair("crd")
+    (entry,) = one.data.values()
+    held = Memory(data.samples(entry), CRD().width, 0.5, 0)
+    assert crd_bytes(one) == sum(side.numel() * side.element_size() for side in held.sides)
+    plan.show(one, 2)
+    shown = capsys.readouterr().out
+    assert "CRD's memory" in shown
+    assert "1.6 MiB" in shown  # 1,600 samples, 128 numbers, two sides
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        Data("digits"),
+        Data("generated"),
+        Data("generated", per_class=3),
+        Data("generated", validation=0.25),
+        Data("generated", validation=0.25, per_class=20),
+    ],
+)
+def test_samples_are_known_before_a_set_is_read(entry: Data) -> None:
+    found = data.samples(entry)
+    if not (entry.validation and entry.per_class):
+        assert found == len(data.load(entry, train=True))
+    else:
+        assert found == 1200, "fewer than asked for: reading it refuses that"
 
 
 def test_a_plan_of_a_pair_that_cannot_be_fused_names_the_option() -> None:

@@ -214,12 +214,31 @@ def test_a_tail_is_stage_4_and_head_by_hand(case: Any) -> None:
         expected = stages.head(stages.stage(4, stages.with_prefix(foreign)))
         both = model(x, features=True, tail=foreign)
         alone = model(tail=foreign)
-        last = model(tail=features[3], last_stage=False)
+        last = model(tail=features[3], after=4)
     assert same([both["tail_pooled"], both["tail_logits"]], expected)
     assert same([both["pooled"], both["logits"]], [pooled, logits])
-    assert set(alone) == {"tail_pooled", "tail_logits"}
+    assert set(alone) == {"tail_stages", "tail_pooled", "tail_logits"}
     assert same([alone["tail_pooled"], alone["tail_logits"]], expected)
     assert same([last["tail_pooled"], last["tail_logits"]], [pooled, logits])
+
+
+def test_a_tail_may_begin_behind_any_stage(case: Any) -> None:
+    _, model, stages, _ = case
+    model.eval()
+    with torch.no_grad():
+        tails, expected = [], []
+        for k in (1, 2, 3):
+            layout = stages.layouts[k - 1]
+            feature = from_map(torch.randn(3, layout.channels, *layout.grid), layout)
+            tails.append(feature)
+            feature, maps = stages.with_prefix(feature), []
+            for later in range(k + 1, 5):
+                feature = stages.stage(later, feature)
+                maps.append(feature)
+            expected.append([*maps, *stages.head(feature)])
+        found = model(tail=tails, after=[1, 2, 3])
+    for i, one in enumerate(expected):
+        assert same([*found["tail_stages"][i], found["tail_pooled"][i], found["tail_logits"][i]], one)
 
 
 def test_another_models_tail_leaves_no_trace_in_training(case: Any) -> None:

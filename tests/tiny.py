@@ -142,7 +142,8 @@ def _train(base: Recipe, options: Options, plan: Plan) -> bytes:
             end["first_step"] = self.step
             end["began"] = whole(self)
             start, batches = copy.deepcopy(_buffers(self)), self.batches
-            teachers = [t.module for t in getattr(getattr(self.method, "objective", None), "teachers", {}).values()]
+            known = getattr(getattr(self.method, "objective", None), "teachers", {}).values()
+            teachers = [getattr(teacher, "live", teacher).module for teacher in known]
             known = copy.deepcopy([teacher.state_dict() for teacher in teachers])
             healthy: dict[str, Any] = {}
 

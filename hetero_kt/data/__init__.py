@@ -77,7 +77,8 @@ def open_loader(
             raise ValueError("data shards: the fast pipeline augments in memory: use --data.NAME.pipeline timm")
         images = load(config, data_dir, train=train)
         mix = _mixer(config, images.classes, train, seed, rank, world)
-        return Loader(images, config.batch, seed, config.augment if train else (), *place, mix)
+        augment = config.augment if train else ()
+        return Loader(images, config.batch, seed, augment, *place, mix, config.augmentations)
     source = _shards(config, data_dir, train) if config.name == "shards" else InMemory(_load(config, data_dir, train))
     return PictureLoader(
         source,
@@ -89,6 +90,7 @@ def open_loader(
         workers=config.workers,
         corrupt=config.corrupt,
         mixer=_mixer(config, source.classes, train, seed, rank, world),
+        augmentations=config.augmentations,
     )
 
 
@@ -97,6 +99,17 @@ def classes(config: Data, data_dir: str = "") -> int:
     if config.name == "shards":
         return len(Index(_folder(config, data_dir) / "train").classes)
     return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES, "imdb": 2}[config.name]
+
+
+def samples(config: Data, data_dir: str = "") -> int:
+    """About how many pictures a data set trains on (classes round on their own), known before it is read. Raises
+    ValueError for shards without an index."""
+    if config.name == "shards":
+        whole = len(Index(_folder(config, data_dir) / "train").table())
+    else:
+        whole = {"cifar100": 50_000, "digits": 1_438, "generated": 1_600}[config.name]
+    kept = round(whole * (1 - config.validation))
+    return min(kept, config.per_class * classes(config, data_dir)) if config.per_class else kept
 
 
 def _root(data_dir: str) -> str:

@@ -44,8 +44,10 @@ class Loader:
         world: int = 1,
         device: torch.device | str = "cpu",
         mixer: Mixer | None = None,
+        augmentations: int = 0,
     ) -> None:
-        """`batch` counts the rows of all ranks together; with a `mixer`, labels are soft.
+        """`batch` counts the rows of all ranks together; with a `mixer`, labels are soft. So many different
+        `augmentations` of a sample take turns over the epochs; 0 draws another in each epoch.
 
         Raises ValueError for an empty set, a batch that does not divide over the ranks, and an unknown
         augmentation.
@@ -57,10 +59,12 @@ class Loader:
         self.images = images
         self.samples, self.classes, self.name = len(images), images.classes, images.name
         self.mean, self.std = images.mean, images.std
+        self.labels = images.labels.cpu()
+        """The class of every sample, (S,)."""
         self.global_batch, self.steps_per_epoch = batch, self.order.steps_per_epoch
         self.seed, self.augment, self.rank, self.world = seed, tuple(augment), rank, world
         self.device = torch.device(device)
-        self._mixer = mixer
+        self.augmentations, self._mixer = augmentations, mixer
 
         self._height, self._width = images.images.shape[1:3]
         pixels = self._height * self._width
@@ -82,9 +86,19 @@ class Loader:
         Pictures are float32 and normalised to zero mean and unit deviation over the training set; in memory
         they lie channels last, which convolutions on a CPU compute faster.
         """
-        epochs_B, samples_B = self.order.rows(step)
-        pictures, labels = self._pictures(samples_B, epochs_B), self._labels(samples_B)
+        samples_B, augmentations_B = self.drawn(step)
+        pictures, labels = self._pictures(samples_B, augmentations_B), self._labels(samples_B)
         return self._mixer(pictures, labels, step) if self._mixer else (pictures, labels)
+
+    def drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample (B,) and its augmentation (B,), int64, of this rank's rows at `step`."""
+        epochs_B, samples_B = self.order.rows(step)
+        return samples_B, turns(epochs_B, self.augmentations)
+
+    def augmented(self, wanted: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Tensor]:
+        """Pictures (B, C, H, W) of any samples (B,) in any augmentations (B,), batch by batch, not mixed."""
+        for samples_B, augmentations_B in wanted:
+            yield self._pictures(samples_B, augmentations_B)
 
     def eval_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's share of every sample exactly once, not augmented: pictures, labels and weights (B,).
@@ -114,13 +128,13 @@ class Loader:
     def _labels(self, samples_B: np.ndarray) -> Tensor:
         return self._labels_S[torch.from_numpy(samples_B).to(self.device)]
 
-    def _pictures(self, samples_B: np.ndarray, epochs_B: np.ndarray | None) -> Tensor:
+    def _pictures(self, samples_B: np.ndarray, augmentations_B: np.ndarray | None) -> Tensor:
         rows_B = torch.from_numpy(samples_B).to(self.device)
         pixels = self._height * self._width
-        if epochs_B is None or not self.augment:
+        if augmentations_B is None or not self.augment:
             chosen_BPC = self._pixels_SPC.index_select(0, rows_B)
         else:
-            source_BP = self._sources(samples_B, epochs_B)
+            source_BP = self._sources(samples_B, augmentations_B)
             inside_BP = source_BP < pixels
             flat = (rows_B.unsqueeze(1) * pixels + source_BP.clamp(max=pixels - 1)).flatten()
             chosen_BPC = self._pixels_SPC.view(-1, 3).index_select(0, flat).view(*source_BP.shape, 3)
@@ -128,10 +142,10 @@ class Loader:
         normal = torch.addcmul(self._shift, chosen_BPC.flatten(1).float(), self._scale)
         return normal.view(len(samples_B), self._height, self._width, 3).permute(0, 3, 1, 2)
 
-    def _sources(self, samples_B: np.ndarray, epochs_B: np.ndarray) -> Tensor:
+    def _sources(self, samples_B: np.ndarray, augmentations_B: np.ndarray) -> Tensor:
         """Where each pixel of the augmented picture is copied from, P for black: (B, P), int64."""
-        epochs, which = np.unique(epochs_B, return_inverse=True)
-        keys = [counter.key(self.seed, _AUGMENT, epoch) for epoch in epochs.tolist()]
+        drawn, which = np.unique(augmentations_B, return_inverse=True)
+        keys = [counter.key(self.seed, _AUGMENT, one) for one in drawn.tolist()]
         random = counter.bits(np.array(keys, np.uint64)[which], samples_B)
         side = 2 * _PAD + 1
         down = counter.below(random, side) if "crop" in self.augment else _PAD
@@ -144,6 +158,11 @@ class Loader:
         turn_B = counter.below(random, _ANGLES, first=33, width=24)
         turned = self._turns_table.index_select(0, torch.from_numpy(turn_B).to(self.device))
         return moved.gather(1, turned.long()).long()
+
+
+def turns(epochs_B: np.ndarray, augmentations: int) -> np.ndarray:
+    """Which augmentation each epoch takes: its own, or one of `augmentations` in turn."""
+    return epochs_B % augmentations if augmentations else epochs_B
 
 
 def fingerprint(images: ImageSet) -> dict[str, Any]:

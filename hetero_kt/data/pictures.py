@@ -9,7 +9,7 @@ import io
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from torchvision.transforms import Normalize
 from hetero_kt.config import Transform
 from hetero_kt.data import counter
 from hetero_kt.data.images import ImageSet
-from hetero_kt.data.loader import fingerprint
+from hetero_kt.data.loader import fingerprint, turns
 from hetero_kt.data.mixing import Mixer
 from hetero_kt.data.order import Order
 from hetero_kt.data.workers import Stream, usable
@@ -123,9 +123,10 @@ class PictureLoader:
         workers: int = 0,
         corrupt: Literal["skip", "stop"] = "skip",
         mixer: Mixer | None = None,
+        augmentations: int = 0,
     ) -> None:
         """`batch` counts the rows of all ranks together; `workers` are this rank's processes, 0 decodes in the step;
-        with a `mixer`, labels are soft.
+        with a `mixer`, labels are soft; `augmentations` as for `Loader`.
 
         Raises:
             ValueError: an empty set, a batch that does not divide over the ranks, a transform that timm refuses.
@@ -135,10 +136,12 @@ class PictureLoader:
         self.order = Order(source.name, len(source.labels), batch, seed, rank, world)
         self.samples, self.classes, self.name = len(source.labels), source.classes, source.name
         self.mean, self.std = source.mean, source.std
+        self.labels = torch.from_numpy(source.labels)
+        """The class of every sample, (S,)."""
         self.global_batch, self.steps_per_epoch = batch, self.order.steps_per_epoch
         self.device = torch.device(device)
         self._source, self._corrupt, self._mixer = source, corrupt, mixer
-        self._image_size, self._workers = image_size, workers
+        self._image_size, self._workers, self.augmentations = image_size, workers, augmentations
         augmented, plain = (_Transformed(transform, image_size, source, training) for training in (True, False))
         self._train = _Decoding(source, augmented, image_size, seed, replacing=True)
         self._eval = _Decoding(source, plain, image_size, seed, replacing=False)
@@ -227,9 +230,29 @@ class PictureLoader:
             self._deaths += self._stream.restarts
             self._stream = None
 
-    def _task(self, step: int) -> _Task:
+    def drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample (B,) and its augmentation (B,), int64, of this rank's rows at `step`."""
         epochs_B, samples_B = self.order.rows(step)
-        return _Task(samples_B, epochs_B)
+        return samples_B, turns(epochs_B, self.augmentations)
+
+    def augmented(self, wanted: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Tensor]:
+        """Pictures (B, C, H, W) of any samples (B,) in any augmentations (B,), batch by batch, not mixed.
+
+        Raises:
+            ValueError: a damaged sample, where those are to end the run.
+        """
+        if not wanted:
+            return
+        stream = self._open(self._train, lambda k: _Task(*wanted[k]), 0, len(wanted), len(wanted[0][0]))
+        try:
+            for drawn in stream:
+                self._note(drawn)
+                yield self._move(drawn.pictures)
+        finally:
+            stream.close()
+
+    def _task(self, step: int) -> _Task:
+        return _Task(*self.drawn(step))
 
     def _open(
         self, decoding: _Decoding, tasks: Callable[[int], _Task], first: int, last: int | None, rows: int
@@ -262,8 +285,8 @@ class _Task(NamedTuple):
     """What to decode."""
 
     samples_B: np.ndarray
-    epochs_B: np.ndarray | None
-    """Which epoch's augmentation; None does not augment."""
+    augmentations_B: np.ndarray | None
+    """None does not augment."""
 
 
 class _Drawn(NamedTuple):
@@ -293,8 +316,8 @@ class _Decoding(Dataset[_Drawn]):
         lost = False
         with _randomness_kept():
             for row, sample in enumerate(task.samples_B.tolist()):
-                if task.epochs_B is not None:
-                    _seed(counter.key(self._seed, _AUGMENT, int(task.epochs_B[row]), sample))
+                if task.augmentations_B is not None:
+                    _seed(counter.key(self._seed, _AUGMENT, int(task.augmentations_B[row]), sample))
                 for candidate in self._candidates(sample):
                     try:
                         picture = self._source.picture(candidate)

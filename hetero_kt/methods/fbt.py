@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetero_kt import config
-from hetero_kt.methods.distill import Teachers, Terms
+from hetero_kt.methods.objectives import Teachers, Terms
 from hetero_kt.nn import losses
 from hetero_kt.nn.fused import L2G, Fused, Route, route
 from hetero_kt.nn.losses import InfoNCE
@@ -129,18 +129,19 @@ class FBT:
         token together.
         """
         to_teacher = [name for name, way in self.routes.items() if way.tail == "teacher"]
-        last_stage = self.settings.last_stage
+        after = 3 if self.settings.last_stage else 4
 
         tails = self._connected(aside, fronts)
-        own = student(pictures, features=True, tail=list(tails.values()) or None, last_stage=last_stage)
+        own = student(pictures, features=True, tail=list(tails.values()) or None, after=after)
         knowledge = {"student": Knowledge(own["pooled"], own["logits"])}
         if tails:
-            for name, *end in zip(tails, own["tail_pooled"], own["tail_logits"], strict=True):
-                knowledge[self.fused[name]] = Knowledge(*end)
+            for name, pooled, logits in zip(tails, own["tail_pooled"], own["tail_logits"], strict=True):
+                knowledge[self.fused[name]] = Knowledge(pooled, logits)
 
         tails = self._connected(aside, dict.fromkeys(to_teacher, own["stages"][2]))
         for name in to_teacher:
-            knowledge[self.fused[name]] = Knowledge(*self.teachers[name].finish(tails[name], last_stage))
+            answer = self.teachers[name].finish(tails[name], after)
+            knowledge[self.fused[name]] = Knowledge(answer["tail_pooled"], answer["tail_logits"])
         return knowledge
 
     def _connected(self, aside: Any, features: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from hetero_kt.distributed.learner import Learner
 from hetero_kt.methods import Diverged
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import Adapter, AdapterConfig, build_adapter, standardise
+
+if TYPE_CHECKING:
+    from hetero_kt.methods.sharing import Sharing
 
 SENSITIVITY_EVERY = 10
 """Transfers between two measurements of source sensitivity, which take two more forwards of the adapter."""
@@ -97,10 +100,12 @@ class Exchange:
     def __init__(
         self, transfers: Sequence[Transfer], *, control: Control = "transfer", seed: int = 0, steps: int = 0
     ) -> None:
+        if control == "sharing":
+            raise ValueError("the control sharing has no adapters: use Sharing of hetero_kt.methods.sharing.")
         self.control = control
         self.traffic = params.Traffic()
         self.step = 0
-        self.paths = [_Path(transfer, control, seed, steps) for transfer in _named(transfers)]
+        self.paths = [_Path(transfer, control, seed, steps) for transfer in named(transfers)]
         _check_targets(self.paths)
         if dist.is_initialized() and dist.get_world_size() > 1:
             for adapter in self.adapters().values():  # equal seeds are equal values only on equal hardware
@@ -198,7 +203,7 @@ class _View:
     """Gradient of the loss at the whole weight -> at the matrix."""
 
 
-def _named(transfers: Sequence[Transfer]) -> list[Transfer]:
+def named(transfers: Sequence[Transfer]) -> list[Transfer]:
     """With a name for each, by which it is logged and saved; those without one are called after their weights."""
     names: list[str] = []
     for transfer in transfers:
@@ -208,7 +213,7 @@ def _named(transfers: Sequence[Transfer]) -> list[Transfer]:
     return [replace(transfer, name=name) for transfer, name in zip(transfers, names, strict=True)]
 
 
-class _Side:
+class Side:
     """A site resolved: which parameter travels, and how it is seen as a matrix."""
 
     def __init__(self, site: Site) -> None:
@@ -269,7 +274,7 @@ class _Path:
         self.name = transfer.name
         self.control = control
         self.seed = zlib.crc32(self.name.encode()) ^ (seed * 0x9E3779B1 % 2**31)
-        self.source, self.target = _Side(transfer.source), _Side(transfer.target)
+        self.source, self.target = Side(transfer.source), Side(transfer.target)
         params.check_writable(self.target.weight, transfer.target.weight)
         self.device = self.target.weight.parameter.device
         self.adapter: Adapter | None = None
@@ -535,7 +540,7 @@ class MergeNet:
     def __init__(
         self,
         learners: dict[str, Learner],
-        exchange: Exchange,
+        exchange: Exchange | Sharing,
         losses: Mapping[str, Callable[[nn.Module, Any], Tensor]],
         budgets: Mapping[str, int] | None = None,
     ) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,9 @@ class Frozen:
         self.same = (tuple(mean), tuple(std)) == (tuple(own_mean), tuple(own_std))
         self.scale, self.shift = given[1] / own[1], (given[0] - own[0]) / own[1]
 
+    @cached_property
     def checksum(self) -> int:
-        """Of its weights and buffers, before `start`."""
+        """Of its weights and buffers as they are before `start`: they never change."""
         total = 0
         for name, tensor in self.module.state_dict().items():
             plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
@@ -65,9 +68,11 @@ class Frozen:
         return total
 
     def start(self) -> None:
-        """Take its place on the device, or over the ranks. Collective."""
+        """Take its place on the device, or over the ranks, unless it has. Collective."""
         if self.zero is None:
             self.module.to(self.device)
+            return
+        if self.engine is not None:
             return
         import deepspeed
 
@@ -102,11 +107,11 @@ class Frozen:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.module(self.see(pictures_BCHW))
 
-    def finish(self, feature: Tensor, last_stage: bool = True) -> tuple[Tensor, Tensor]:
-        """(pooled, logits) of its last stage and classifier behind `feature`, through which gradients flow."""
+    def finish(self, feature: Tensor | Sequence[Tensor], after: int | Sequence[int] = 3) -> dict[str, Any]:
+        """`tail_stages`, `tail_pooled` and `tail_logits` of its stages behind `after` and its classifier, from
+        `feature`, through which gradients flow; see `Stages.forward`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            end = self.module(tail=feature, last_stage=last_stage)
-        return end["tail_pooled"], end["tail_logits"]
+            return self.module(tail=feature, after=after)
 
 
 def build_teacher(

@@ -81,11 +81,13 @@ class Stages:
         """Of what stages 1 to 4 give, for pictures of the size that the model was split for."""
         self.width = pooled_BD.shape[1]
         """Of the pooled feature."""
+        self.rectified = tuple(bool((feature >= 0).all()) for feature in features)
+        """Whether stages 1 to 4 end in a ReLU: the probe's features have no negative number."""
 
     def stage(self, k: int, x: Tensor) -> Tensor:
         """Run stage k = 1 .. 4, from pictures (B, 3, H, W) or a feature in the layout of the stage before.
 
-        A feature of stage 3 that comes from elsewhere needs the model's prefix tokens: see `with_prefix`.
+        A feature that comes from elsewhere needs the model's prefix tokens: see `with_prefix`.
         """
         if k == 1:
             x = self._family.embed(self.model, x)
@@ -118,15 +120,16 @@ class Stages:
         *,
         features: bool = False,
         tail: Tensor | Sequence[Tensor] | None = None,
-        last_stage: bool = True,
+        after: int | Sequence[int] = 3,
     ) -> Any:
         """What an exposed model's own forward does.
 
         `model(x)` gives logits. With `features` it gives a dict: "stages" (the four features), "pooled",
-        "logits". With `tail`, a feature in stage 3's layout without prefix tokens, that one goes through stage 4
-        and the head too: "tail_pooled" and "tail_logits" are in the dict, alone where there is no `x`. Several tails go
-        through one after the other, and both are lists; BatchNorm statistics do not see any of them. Without
-        `last_stage` the tail is in stage 4's layout and goes straight to the head.
+        "logits". With `tail`, a feature in the layout of stage `after` = 1 .. 4 without prefix tokens, that one goes
+        through the later stages and the head too: "tail_stages" (those stages' features), "tail_pooled" and
+        "tail_logits" are in the dict, alone where there is no `x`. Several tails, each with an `after` of its own or
+        all with one, go through one after the other, and all three are lists; BatchNorm statistics do not see any of
+        them. A tail in stage 4's layout goes straight to the head.
         """
         assert x is not None or tail is not None, "a model needs pictures, a tail or both"
         answer: dict[str, Any] = {}
@@ -140,16 +143,24 @@ class Stages:
                 return logits_BK
             answer = {"stages": maps, "pooled": pooled_BD, "logits": logits_BK}
         if tail is not None:
+            tails = [tail] if isinstance(tail, Tensor) else list(tail)
+            begins = [after] * len(tails) if isinstance(after, int) else list(after)
             # Another model's features leave no trace in the statistics that this model is evaluated with.
             with _statistics_kept([self.model]) if self.model.training else nullcontext():
-                ends = [self._end(one, last_stage) for one in ([tail] if isinstance(tail, Tensor) else tail)]
-            pooled, logits = ([end[i] for end in ends] for i in (0, 1))
-            alone = isinstance(tail, Tensor)
-            answer["tail_pooled"], answer["tail_logits"] = (pooled[0], logits[0]) if alone else (pooled, logits)
+                ends = [self._end(one, begin) for one, begin in zip(tails, begins, strict=True)]
+            for i, name in enumerate(("tail_stages", "tail_pooled", "tail_logits")):
+                found = [end[i] for end in ends]
+                answer[name] = found[0] if isinstance(tail, Tensor) else found
         return answer
 
-    def _end(self, tail: Tensor, last_stage: bool) -> tuple[Tensor, Tensor]:
-        return self.head(self.stage(4, self.with_prefix(tail)) if last_stage else tail)
+    def _end(self, x: Tensor, after: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        maps = []
+        if after < 4:
+            x = self.with_prefix(x)
+        for k in range(after + 1, 5):
+            x = self.stage(k, x)
+            maps.append(x)
+        return maps, *self.head(x)
 
     def _probe(self, image_size: int) -> tuple[list[Tensor], Tensor]:
         """The features and the pooled feature of a picture; checks that stages and model agree on it."""

@@ -27,6 +27,7 @@ COLOURS = {
     "shuffled": "#b03a6a",
     "frozen": "#3c8d5a",
     "standardise": "#8468b8",
+    "sharing": "#2a9aa8",
 }
 SPARE_COLOURS = ("#0b62b8", "#d17a22", "#3c8d5a", "#b03a6a", "#8468b8", "#4d4d4d", "#2a9aa8", "#a08a1c")
 INK, GRID = "#333333", "#e4e4e4"

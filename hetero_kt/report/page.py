@@ -22,7 +22,7 @@ from hetero_kt.report.history import band, first_of, history
 from hetero_kt.report.metrics import heading, leading
 from hetero_kt.report.runs import Run
 
-STYLES = ("none", "transfer", "noise", "shuffled", "frozen", "standardise")
+STYLES = ("none", "transfer", "noise", "shuffled", "frozen", "standardise", "sharing")
 """Arms with a line style of their own, in the order of the page's; others take them in turn."""
 PATH = {
     "gate": ("gate", "0 keeps the target, 1 takes the proposal"),

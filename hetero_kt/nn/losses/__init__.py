@@ -4,7 +4,7 @@
     relations.py  distances and angles between a batch's features: `rkd_distance`, `rkd_angle`
     contrast.py   pooled features, each against a batch of them: `InfoNCE`
     memory.py     pooled features, each against a memory of all samples: `crd`
-    features.py   feature maps: `FitNet`
+    features.py   feature maps: `FitNet`, `fcfd`
 
 Beside these, `alignment.py` has what brings pictures and the texts that fit them together: `itc`, `itm`.
 
@@ -12,9 +12,9 @@ All of it computes in float32 at least, whatever the models compute in, and also
 """
 
 from hetero_kt.nn.losses.contrast import InfoNCE
-from hetero_kt.nn.losses.features import FitNet
+from hetero_kt.nn.losses.features import FitNet, fcfd
 from hetero_kt.nn.losses.logits import dkd, kd, nkd, ofa, tf_kd, uskd
 from hetero_kt.nn.losses.memory import crd
 from hetero_kt.nn.losses.relations import rkd_angle, rkd_distance
 
-__all__ = ["FitNet", "InfoNCE", "crd", "dkd", "kd", "nkd", "ofa", "rkd_angle", "rkd_distance", "tf_kd", "uskd"]
+__all__ = ["FitNet", "InfoNCE", "crd", "dkd", "fcfd", "kd", "nkd", "ofa", "rkd_angle", "rkd_distance", "tf_kd", "uskd"]

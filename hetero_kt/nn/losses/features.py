@@ -85,6 +85,23 @@ class FitNet(nn.Module):
         return x
 
 
+def fcfd(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """FCFD's squared errors (Liu et al. 2023, arXiv 2304.11832), as its public code has them, a scalar:
+
+        sum_k mean (f_k - g_k)^2  +  mean (pool(relu f_4) - pool(relu g_4))^2
+
+    over the stages k up to the last, 4, which counts a second time as the classifier reads it.
+
+    Args:
+        student: f, the maps (B, C, H, W) of some of the last stages, in the teacher's places, the last one's last.
+        teacher: g, of the same stages; no gradient flows to it.
+    """
+    ours, theirs = [wide(x) for x in student], [wide(x).detach() for x in teacher]
+    found = [F.mse_loss(f, g) for f, g in zip(ours, theirs, strict=True)]
+    pooled, known = (F.relu(x).mean((2, 3)) for x in (ours[-1], theirs[-1]))
+    return torch.stack([*found, F.mse_loss(pooled, known)]).sum()
+
+
 def _pooled(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
     """Averaged over the places of the coarser `grid`."""
     rows, columns = map_BCHW.shape[-2:]

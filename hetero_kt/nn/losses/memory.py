@@ -73,6 +73,11 @@ class Memory:
         momentum: of the old embedding, in the mean with the new one (brought back to unit length).
     """
 
+    @staticmethod
+    def bytes(samples: int, width: int) -> int:
+        """What one takes on every rank."""
+        return 2 * 4 * samples * width
+
     def __init__(self, samples: int, width: int, momentum: float, seed: int, device: torch.device | str = "cpu"):
         self.momentum = momentum
         generator = torch.Generator().manual_seed(seed)
