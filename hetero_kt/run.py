@@ -146,7 +146,7 @@ def _run(
         _announce(recipe, parameters, prepared, train, start_from)
     told = _left_out(ranks, train, test)  # hours of training before such news would be unkind
 
-    with agreed(ranks):
+    with agreed():
         prepared.fill()
     torch.manual_seed(recipe.seed * 100_003 + 1 + ranks.rank)  # dropout differs between ranks, weights do not
     method = prepared.start()
