@@ -17,8 +17,9 @@ demo: .venv/installed
 	$(BIN)/deepspeed --num_accelerators $(RANKS) launchers/cifar_mergenet.py --variant digits \
 	    --compare none noise shuffled --seeds 0 1 2
 
+# A file's tests stay together: they share what was started for them.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
