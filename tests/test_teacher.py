@@ -119,7 +119,8 @@ def learn_from(teacher: Frozen, steps: int = 3) -> Tensor:
         teacher(torch.randn(2, 3, SIZE, SIZE))
         teacher.logits(torch.randn(2, 3, SIZE, SIZE))
         feature = torch.randn(shape, requires_grad=True)
-        pooled, logits = teacher.finish(feature)
+        end = teacher.finish(feature)
+        pooled, logits = end["tail_pooled"], end["tail_logits"]
         (pooled.square().sum() + logits.square().sum()).backward()
         assert feature.grad is not None
         gradients.append(feature.grad)
