@@ -301,6 +301,13 @@ def test_an_aligned_mix_of_equal_shapes_is_drawn_to_the_source_itself():
     torch.testing.assert_close(drawn, source + 0.75**6 * (target - source))
 
 
+def test_a_held_gate_learns_nothing_while_the_rest_learns():
+    adapter = built(source=(5, 9), kind="aligned", hold=True)
+    adapter(*matrices(source=(5, 9))).square().sum().backward()
+    assert adapter.gate.grad is None
+    assert adapter.body.map.weight.grad.norm() > 0
+
+
 def test_a_mix_of_standardised_matrices_is_refused():
     with pytest.raises(ValueError, match=r"^adapter\.output mix .* choose both\.$"):
         built(output="mix")

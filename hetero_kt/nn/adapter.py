@@ -60,6 +60,9 @@ class AdapterConfig:
     gate: float | Literal["auto"] = "auto"
     """Where the learned mixing weight of `restore` starts: 0 proposes a pretrained target unchanged, 0.12 lets the
     source take part from the start; `auto` is 0 for a recipe's pretrained targets and 0.12 for others."""
+    hold: bool = False
+    """The gate stays where it starts. What it learns from is the target's own training loss, which a target that knows
+    its few samples by heart would rather have without the source."""
     dropout: float = 0.1
     """On attention probabilities."""
     ff_dropout: float = 0.2
@@ -245,7 +248,8 @@ class Adapter(nn.Module):
         self.config = config
         self.body = body
         gated = config.output != "layernorm"
-        self.gate = nn.Parameter(torch.tensor(math.atanh(config.first_gate()) / GATE_SLOPE)) if gated else None
+        start = torch.tensor(math.atanh(config.first_gate()) / GATE_SLOPE)
+        self.gate = nn.Parameter(start, requires_grad=not config.hold) if gated else None
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
         dtype = next(self.body.parameters()).dtype
