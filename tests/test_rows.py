@@ -92,7 +92,7 @@ def test_one_row_of_each_method_and_launcher_runs(ranks: Any, tmp_path: Path) ->
     arms = {*config.MergeNet({}).arms(), *config.Distill({}).arms()} - {"transfer"}  # which no command has to name
     assert arms <= {word for job in todo for word in job.command.options}
     assert {job.command.launcher for job in todo} == {path.stem for path in tables.launchers().glob("*.py")}
-    print(slowest_first(ranks(2).run(run, todo, str(tmp_path))[0]))
+    print(slowest_first(ranks(2).run(run, todo, str(tmp_path), timeout=600)[0]))
 
 
 @pytest.mark.slow
