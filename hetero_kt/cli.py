@@ -215,7 +215,7 @@ def _table(arguments: argparse.Namespace) -> int:
 
     if arguments.list:
         for name in tables.names():
-            print(f"{name:16}{tables.read(name).title}")
+            print(f"{name:18}{tables.read(name).title}")
         return 0
     if not arguments.name:
         raise ValueError("table: name one, or use --list to see which there are.")

@@ -10,7 +10,7 @@ import runpy
 import sys
 
 from hetero_kt import options
-from hetero_kt.distributed import checkpoint
+from hetero_kt.distributed import layout
 from hetero_kt.folder import finished_steps, run_folder
 
 
@@ -23,7 +23,7 @@ def main(launcher: str, *arguments: str) -> None:
         folder = run_folder(one)
         last = min(one.steps, given.max_steps or one.steps) if one.name == recipe.name else one.steps
         if finished_steps(folder) < last:
-            saved = checkpoint.complete(folder / "checkpoints")
+            saved = layout.complete(folder / "checkpoints")
             print(folder, saved[-1].name if saved else 0)
 
 

@@ -104,7 +104,7 @@ def test_an_epoch_is_as_many_steps_as_the_loader_makes_of_it() -> None:
             recipe = make()
             if any(data.name == "cifar100" and not data.per_class for data in recipe.data.values()):
                 (batch,) = {data.batch for data in recipe.data.values() if data.name == "cifar100"}
-                epochs = {load(launcher).EPOCH, getattr(load(launcher), "TOKENS_EPOCH", 0)}
+                epochs = {getattr(load(launcher), "EPOCH", 0), getattr(load(launcher), "TOKENS_EPOCH", 0)}
                 assert batch == 64 or 50_000 // batch in epochs
                 assert recipe.steps % recipe.eval_every == 0
 
