@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hetero_kt.config import Data
-from hetero_kt.data import GENERATED, cache
+from hetero_kt.data import GENERATED, cache, world
 from hetero_kt.data.gallery import (
     Folders,
     Gallery,
@@ -50,26 +50,13 @@ from hetero_kt.data.gallery import (
 )
 from hetero_kt.data.order import Order
 from hetero_kt.data.pictures import PictureLoader
+from hetero_kt.data.question import Question
 from hetero_kt.data.shards import local
 from hetero_kt.data.text import Sentences, Tokenizer, joined, moved
 
 KINDS = ("yes/no", "number", "other")
 ANSWER_LIST = "answer_list.json"
 _OFFICIAL = ("v2_OpenEnded_mscoco_{}2014_questions.json", "v2_mscoco_{}2014_annotations.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One question about one picture."""
-
-    id: str
-    image: str
-    """Key of the picture."""
-    text: str
-    answers: tuple[str, ...]
-    """One for each annotator, empty where none was given."""
-    kind: str
-    """One of KINDS."""
 
 
 @dataclass(frozen=True)
@@ -378,8 +365,6 @@ class _Part:
 
 def _part(config: Data, data_dir: str | Path, *, train: bool) -> _Part:
     if config.text.tokenizer == GENERATED:
-        from hetero_kt.data import world  # which speaks of questions itself
-
         return _Part(GENERATED, world.questions(train), lambda keys: world.World(train), [])
     folder = local(data_dir, "--data-dir") / local(config.folder, "--data.NAME.folder")
     listed = _listed(folder / ANSWER_LIST)

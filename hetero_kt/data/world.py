@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hetero_kt.data import counter
+from hetero_kt.data.question import Question
 from hetero_kt.data.text import Tokenizer
-from hetero_kt.data.vqa import Question
 
 SIDE = 64
 """Pixels of a picture's side."""

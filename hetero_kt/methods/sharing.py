@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetero_kt.distributed import params
-from hetero_kt.methods.mergenet import Side, Transfer, named
+from hetero_kt.methods.sites import Side, Transfer, named
 
 
 class Sharing:
