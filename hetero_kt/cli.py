@@ -224,15 +224,17 @@ def _table(arguments: argparse.Namespace) -> int:
     table, budget, output_dir = tables.read(arguments.name), arguments.budget, arguments.output_dir
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
 
-    def fill(best: bool = False) -> tuple[list[runs.Line], list[str]]:
+    def find(best: bool = False) -> list[folders.Run]:
         found = folders.find([output_dir, *arguments.runs])
-        found = [history.best(run) for run in found] if best else found
+        return [history.best(run) for run in found] if best else found
+
+    def fill(found: list[folders.Run]) -> tuple[list[runs.Line], list[str]]:
         return runs.fill(table, budget, seeds, found, "--output-dir", output_dir)
 
     failed: list[str] = []
     if arguments.commands or arguments.run or arguments.slurm is not None:
         # What has run has run, whichever of its evaluations counts.
-        todo = start.starts(table, budget, fill()[0], seeds, output_dir)
+        todo = start.starts(table, budget, fill(find())[0], seeds, output_dir)
         if arguments.commands:
             for one in todo:
                 print(shlex.join(one.words(output_dir, arguments.ranks, tables.launchers())))
@@ -246,12 +248,15 @@ def _table(arguments: argparse.Namespace) -> int:
                 print(line)
             return 0
         failed = start.run(todo, output_dir, arguments.ranks)
-    lines, notes = fill(arguments.best)
+    found = find(arguments.best)
+    lines, notes = fill(found)
     counted = [run for line in lines for run in line.runs.values()]
+    sheet = show.sheet(table, budget, lines, [*notes, *failed])
+    more, note = show.beside([line.wanted for line in lines], [sheet], found)
     report = Report(
         tuple(comparison.experiments({run.folder: run for run in counted}.values())[0]),
-        (show.sheet(table, budget, lines, [*notes, *failed]),),
-        (),
+        (sheet, *more),
+        (note,) if note else (),
     )
     report.show(Console())
     _write(arguments, report)

@@ -208,14 +208,20 @@ def made() -> tables.Table:
 
 
 def write(root: Path, label: str, seed: int, top1: float, data: Any = DATA, **changes: Any) -> Path:
-    recipe = resolved(tables.parse("made", TABLE).row(label).commands["cpu"]).recipe
-    recipe = replace(recipe, output_dir=str(root), seed=seed, **changes)
+    command = tables.parse("made", TABLE).row(label).commands["cpu"]
+    return write_run(root, command, "student", seed, top1, data, **changes)
+
+
+def write_run(
+    root: Path, command: tables.Command, model: str, seed: int, top1: float, data: Any = DATA, **changes: Any
+) -> Path:
+    recipe = replace(resolved(command).recipe, output_dir=str(root), seed=seed, **changes)
     folder = run_folder(recipe)
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     (folder / "data.json").write_text(json.dumps(data))
     result = {"recipe": recipe.name, "control": recipe.method.arm, "seed": seed, "steps": recipe.steps}
-    (folder / "result.json").write_text(json.dumps({**result, "metrics": {"student": {"top1": top1}}}))
+    (folder / "result.json").write_text(json.dumps({**result, "metrics": {model: {"top1": top1}}}))
     return folder
 
 
@@ -563,6 +569,34 @@ def test_a_table_that_nothing_has_run_of_is_empty(root: Path) -> None:
     (sheet,) = [sheet for sheet in sheets if sheet.published]
     assert sheet.title == "made up (gpu)"
     assert all(cell.ours is None for line in sheet.lines for cell in line.cells.values())
+
+
+def test_a_report_on_mergenet_has_the_positive_control_or_says_how_to_run_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, first = tables.read(show.POSITIVE_CONTROL), "positive control has not run: hetero-kt table positive-control"
+    write_run(tmp_path, tables.read("mergenet-fig3").row("cycle 4").commands["cpu"], "mobilenetv2", 0, 30)
+    for argv in (["table", "mergenet-fig3", "--output-dir", str(tmp_path)], ["report", str(tmp_path)]):
+        cli.main(argv)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert first in shown, argv
+        assert table.title not in shown, argv
+
+    for label, top1 in (("resnet_tiny alone", 19), ("every matrix drawn to the source's", 31)):
+        write_run(tmp_path, table.row(label).commands["cpu"], "target", 0, top1)
+    for argv in (["table", "mergenet-fig3", "--output-dir", str(tmp_path)], ["report", str(tmp_path)]):
+        cli.main(argv)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert first not in shown, argv
+        assert shown.count(table.title[:30]) == 1, argv
+        assert "31.00" in shown, argv
+
+
+def test_a_report_without_mergenet_does_not_speak_of_its_control(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["report", str(root)])
+    assert "positive" not in capsys.readouterr().out.lower()
 
 
 def test_names_of_recipes_are_known_at_little_cost() -> None:

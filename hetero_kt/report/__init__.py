@@ -83,6 +83,10 @@ def gather(
         from hetero_kt.tables import show  # which reads runs by this package
 
         sheets += show.published(found, tables, budget)
+        recipes = [run.recipe for experiment in experiments for run in experiment.runs()]
+        more, note = show.beside(recipes, sheets, found)
+        sheets += more
+        notes += [note] if note else []
     return Report(tuple(experiments), tuple(sheets), tuple(dict.fromkeys(notes)))
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from hetero_kt.config import MergeNet, Recipe
 from hetero_kt.report.comparison import Line as Shown
 from hetero_kt.report.comparison import Sheet
 from hetero_kt.report.history import chosen
 from hetero_kt.report.runs import Run
 from hetero_kt.tables import BUDGETS, Budget, Table, launchers, names, read, runs_called
 from hetero_kt.tables.runs import Line, evaluated, fill
+
+POSITIVE_CONTROL = "positive-control"
+"""The table of it."""
 
 
 def sheet(table: Table, budget: Budget, lines: Sequence[Line], notes: Sequence[str] = ()) -> Sheet:
@@ -69,6 +73,30 @@ def published(found: Sequence[Run], wanted: Sequence[str] | None = None, budget:
             empty = budgets[0]
             sheets.append(sheet(table, empty, *fill(table, empty, None, [])))
     return sheets
+
+
+def beside(recipes: Iterable[Recipe | None], sheets: Sequence[Sheet], found: Sequence[Run]) -> tuple[list[Sheet], str]:
+    """What stands beside any report on MergeNet: the positive control, or how to run it.
+
+    A method whose transfers change nothing looks like one that has nothing to transfer; the control tells them apart.
+
+    Args:
+        recipes: those reported.
+        sheets: of the report so far.
+        found: all runs at hand.
+    """
+    table = read(POSITIVE_CONTROL)
+    shown = any(sheet.title.startswith(table.title) for sheet in sheets)
+    if shown or not any(recipe is not None and isinstance(recipe.method, MergeNet) for recipe in recipes):
+        return [], ""
+    try:
+        launchers()
+    except ValueError:
+        return [], ""  # outside of a checkout it cannot run
+    filled = _filled(table, "cpu", found)
+    if filled is None:
+        return [], f"The positive control has not run: hetero-kt table {POSITIVE_CONTROL} --budget cpu --run."
+    return [sheet(table, "cpu", *filled)], ""
 
 
 def _filled(table: Table, budget: Budget, found: Iterable[Run]) -> tuple[list[Line], list[str]] | None:
