@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import refusal
 import test_fbt as plain
 import timm
 import tiny
 import torch
 import torch.distributed as dist
+from refusal import Ended, assert_refused
 from safetensors.torch import load_file, save_file
 from test_fbt import CLASSES, ROWS, SIZE, assert_equal, frozen, rows_of, zero
 from test_launchers import LAUNCHERS, load
@@ -32,7 +31,7 @@ from hetero_kt import config, data, models, options
 from hetero_kt import run as running
 from hetero_kt.config import Data, Distill, Mix, Model, Optim, Schedule, Teacher, Transform
 from hetero_kt.data import Loader
-from hetero_kt.distributed import launch, params
+from hetero_kt.distributed import params
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.distributed.learner import build_learner
 from hetero_kt.distributed.saved import Saved, SavedModel
@@ -769,43 +768,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(arguments: list[str]) -> tuple[Any, str, str]:
-    """The launcher's `main` on this rank, up to the first engine: (status, stdout, stderr)."""
-
-    def no_engine(*_: Any, **__: Any) -> None:
-        raise AssertionError("an engine was started")
-
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
-        patch.setattr(running.parts, "build_learner", no_engine)
-        patch.setattr(Frozen, "start", no_engine)
-        patch.setattr(launch, "start", lambda *_: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
-        patch.setattr(dist, "destroy_process_group", lambda: None)
-        patch.setattr(options, "PATIENCE", 0.0)
-        patch.setattr(sys, "argv", ["cifar_fbt.py", "--variant", "digits", *arguments])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                running.main(load(LAUNCHER).VARIANTS)
-                status: Any = 0
-            except SystemExit as end:
-                status = end.code
-            except AssertionError as error:
-                status = str(error)
-    return status, out.getvalue(), err.getvalue()
+def start(arguments: list[str]) -> Ended:
+    """The launcher up to its first engine."""
+    return refusal.start(LAUNCHER, ["--variant", "digits", *arguments])
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence_before_an_engine_starts(ranks: Any, folder: Path, case: str) -> None:
     arguments, words = (tuple(text.replace("{folder}", str(folder)) for text in texts) for texts in BAD[case])
     found = ranks(2).run(start, ["--output-dir", str(folder / "runs"), *arguments])
-    assert [status for status, _, _ in found] == [2, 2], found
-    assert [out for _, out, _ in found] == ["", ""]
-    (_, _, said), (_, _, other) = found
-    assert other == ""
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1, said
-    for word in words:
-        assert word in said, said
+    assert_refused(found, words)
     assert not (folder / "runs").exists(), "and no run folder is made"
 
 

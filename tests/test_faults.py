@@ -18,9 +18,11 @@ from typing import Any
 
 import psutil
 import pytest
+import refusal
 import tiny
 import torch
 import torch.distributed as dist
+from refusal import Ended, assert_refused
 from safetensors.torch import load_file
 from test_launchers import load
 from tiny import Plan
@@ -38,12 +40,9 @@ LAUNCHER = Path(__file__).resolve().parents[1] / "launchers" / "cifar_mergenet.p
 # --- bad input ---
 
 
-def start(arguments: list[str], frozen: str = "") -> tuple[Any, str, str]:
-    """The launcher's `main` on this rank, up to the first engine: (status, stdout, stderr)."""
+def start(arguments: list[str], frozen: str = "") -> Ended:
+    """The launcher up to its first engine, with one parameter of its models frozen."""
     build = models.build
-
-    def no_engine(*_: Any, **__: Any) -> None:
-        raise AssertionError("an engine was started")
 
     def with_frozen(*args: Any, **kwargs: Any) -> Any:
         model = build(*args, **kwargs)
@@ -51,34 +50,9 @@ def start(arguments: list[str], frozen: str = "") -> tuple[Any, str, str]:
             parameter.requires_grad_(name != frozen)
         return model
 
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
-        patch.setattr(running.parts, "build_learner", no_engine)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "build", with_frozen)
-        patch.setattr(launch, "start", lambda *_: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
-        patch.setattr(dist, "destroy_process_group", lambda: None)
-        patch.setattr(options, "PATIENCE", 0.0)
-        patch.setattr(sys, "argv", ["cifar_mergenet.py", *arguments])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                running.main(load(LAUNCHER).VARIANTS)
-                status: Any = 0
-            except SystemExit as end:
-                status = end.code
-            except AssertionError as error:
-                status = str(error)
-    return status, out.getvalue(), err.getvalue()
-
-
-def assert_refused(found: list[tuple[Any, str, str]], words: tuple[str, ...]) -> None:
-    assert [status for status, _, _ in found] == [2] * len(found), found
-    assert [out for _, out, _ in found] == [""] * len(found)
-    first, *others = (err for _, _, err in found)
-    assert others == [""] * len(others)
-    assert first.count("\n") == 1, first
-    assert first.startswith("error: ")
-    for word in words:
-        assert word in first, first
+        return refusal.start(LAUNCHER, arguments)
 
 
 DIGITS = ("--variant", "digits")
