@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand, and its commands name options that exist."""
+"""Python blocks of the README and of docs/ run as they stand, and their commands name options that exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_launchers import load
+from test_launchers import LAUNCHERS, load
 from torch import nn
 
 from hetero_kt import cli, options
@@ -19,15 +19,17 @@ from hetero_kt.models import build
 from hetero_kt.run import run
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPE, TAUGHT, PLAIN, ENGINES, PLAIN_FBT, ENGINES_FBT = re.findall(
-    r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL
-)
-LINES = [
-    line
-    for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-]
+PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXT = "\n".join(PAGES.values())
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+RECIPE, TAUGHT, PLAIN = blocks(PAGES[ROOT / "README.md"], "python")
+ENGINES, PLAIN_FBT, ENGINES_FBT = blocks(PAGES[ROOT / "docs" / "own_loop.md"], "python")
+LINES = [line for block in blocks(TEXT, "bash") for line in block.replace("\\\n", " ").splitlines()]
 STAGE_3 = '{"stage": 3, "stage3_param_persistence_threshold": 0}'
 
 
@@ -169,6 +171,32 @@ def test_every_command_of_hetero_kt_has_options_that_exist() -> None:
         cli._parser().parse_args(shlex.split(command)[1:])
 
 
-def test_pictures_are_there() -> None:
-    for file in re.findall(r"\]\((docs/[^)]*)\)", TEXT):
-        assert (ROOT / file).is_file(), file
+def test_no_python_block_is_left_untried() -> None:
+    assert len(blocks(TEXT, "python")) == 6
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into the page may name, as GitHub makes it of a heading."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"(?ms)^```.*?^```", "", PAGES[page]), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        place, _, anchor = link.partition("#")
+        if place.startswith("https:"):
+            continue
+        file = (page.parent / place).resolve() if place else page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    for page in PAGES:
+        assert page.name == "README.md" or f"](docs/{page.name})" in PAGES[ROOT / "README.md"]
+
+
+def test_every_launcher_is_listed() -> None:
+    for launcher in LAUNCHERS:
+        assert f"`{launcher.name}`" in PAGES[ROOT / "README.md"]
