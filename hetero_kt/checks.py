@@ -370,6 +370,8 @@ def _check_transfer(option: str, transfer: Transfer, models: Mapping[str, Model]
     _at_least(f"{option}.cycle", transfer.cycle, 1)
     _at_least(f"{option}.rank", transfer.rank, 1)
     _at_least(f"{option}.source-rank", transfer.source_rank, 0)
+    if transfer.reads == "change" and transfer.mode == "svd":
+        raise ValueError(f"{option}.reads change needs {option}.mode factor or full: svd is another basis each time.")
     _check_rates(option, transfer.optim, transfer.schedule)
     _at_least(f"{option}.adapter.layers", transfer.adapter.layers, 1)
     _at_least(f"{option}.adapter.heads", transfer.adapter.heads, 1)

@@ -206,6 +206,9 @@ class Transfer:
     rank: int = 16
     source_rank: int = 0
     """Rank of the source's factors; 0 means `rank`."""
+    reads: Literal["weight", "change"] = "weight"
+    """What an adapter sees of the source: its matrix, or how that has changed since the transfer before (the source's
+    way through training; zero at the first one, and not of `svd`, whose A is another basis each time)."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: Optim = field(default_factory=lambda: Optim(name="adamw", lr=1e-3, weight_decay=1e-2, clip=50.0))
     schedule: Schedule = field(default_factory=lambda: Schedule(name="constant"))

@@ -292,6 +292,7 @@ def _transfers(recipe: Recipe, method: MergeNet, owners: Mapping[str, Any]) -> d
             source,
             target,
             cycle=t.cycle,
+            reads=t.reads,
             adapter=_with_gate(t.adapter, recipe.models[split_site(t.target)[0]], split_site(t.target)[1]),
             optim=t.optim,
             schedule=t.schedule,

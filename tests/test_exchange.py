@@ -196,6 +196,35 @@ def test_a_ring_of_three_reads_every_weight_before_any_is_written() -> None:
         assert not torch.equal(models[i].head.weight, before[i]), "written"
 
 
+def test_an_adapter_that_reads_changes_sees_what_the_source_s_optimizer_has_done_since_the_last_transfer() -> None:
+    torch.manual_seed(0)
+    source, target = Convolutions(batch_norm=False), Perceptron()
+    optimizer = torch.optim.SGD(source.parameters(), 0.1)
+    site = Site(target, "inner.weight")
+    exchange = Exchange([Transfer(Site(source, "fc.weight"), site, 2, reads="change", name="t")])
+    seen: list[Tensor] = []
+    exchange.adapters()["t"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].detach().clone()))
+    weights = []
+    for step in range(6):
+        weights.append(source.fc.weight.detach().clone())
+        exchange.propose()
+        step_plain(source, optimizer, step)
+        optimizer.step()
+        step_plain(target, torch.optim.SGD(target.parameters(), 0.1), step)
+        exchange.learn()
+    changes = [torch.zeros_like(weights[0]), weights[2] - weights[0], weights[4] - weights[2]]
+    proposals = [seen[0], *seen[3:]]  # the first transfer also measures sensitivity: two more forwards
+    assert len(proposals) == 3
+    assert all(torch.equal(one, other) for one, other in zip(proposals, changes, strict=True))
+    assert proposals[1].abs().max() > 0
+
+
+def test_the_change_of_a_fresh_decomposition_is_refused() -> None:
+    source, target = Site(Convolutions(), "fc.weight", "svd", 3), Site(Perceptron(), "inner.weight")
+    with pytest.raises(ValueError, match="transfer t reads the change of a fresh decomposition"):
+        Exchange([Transfer(source, target, reads="change", name="t")])
+
+
 def test_self_transfer_reads_and_writes_one_model_and_leaves_the_source_alone() -> None:
     torch.manual_seed(0)
     model = Perceptron()
@@ -573,7 +602,8 @@ def test_five_proposals_in_a_row_that_are_not_finite_end_the_run() -> None:
             exchange.propose()
 
 
-def test_an_exchange_continues_from_its_state() -> None:
+@pytest.mark.parametrize("reads", ["weight", "change"])
+def test_an_exchange_continues_from_its_state(reads: Any) -> None:
     def run(steps: range, models: dict[str, nn.Module], exchange: Exchange, optimizers: list[Any]) -> None:
         for step in steps:
             exchange.propose()
@@ -586,7 +616,7 @@ def test_an_exchange_continues_from_its_state() -> None:
         models = build_pair()
         return (
             models,
-            Exchange(mutual(models, DROPOUT)),
+            Exchange(mutual(models, DROPOUT, reads=reads)),
             [torch.optim.SGD(m.parameters(), 0.1) for m in models.values()],
         )
 

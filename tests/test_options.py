@@ -373,6 +373,11 @@ TO = "--method.transfers.to_mobilenetv2"
         (with_transfer(rank=0), 1, f"{TO}.rank 0 is too small: use 1 or more."),
         (with_transfer(source_rank=-1), 1, f"{TO}.source-rank -1 is too small: use 0 or more."),
         (
+            with_transfer(reads="change", mode="svd"),
+            1,
+            f"{TO}.reads change needs {TO}.mode factor or full: svd is another basis each time.",
+        ),
+        (
             with_transfer(adapter=AdapterConfig(layers=0)),
             1,
             f"{TO}.adapter.layers 0 is too small: use 1 or more.",

@@ -184,6 +184,13 @@ class _Path:
                 "the source's rows, so the control shuffled says little here: noise is the sharper one.",
                 stacklevel=4,
             )
+        if transfer.reads == "change" and self.source.mode == "svd":
+            raise ValueError(
+                f"transfer {self.name} reads the change of a fresh decomposition, which has another basis each time: "
+                "use mode factor or full."
+            )
+        self.source_before: Tensor | None = None
+        """Where `change` counts from."""
         self.noises: dict[int, Tensor] = {}
         self.updates = 0
         self.sensitivity = torch.full((), torch.nan, device=self.device)
@@ -194,7 +201,7 @@ class _Path:
 
     def propose(self, source: Tensor, target: Tensor, step: int) -> None:
         """Adapt: (whole source, whole target) -> the exchanged matrix's next value, with its graph."""
-        source = self._controlled(self.source.view(source.to(self.device)).matrix)
+        source = self._controlled(self._read(self.source.view(source.to(self.device)).matrix))
         self.view = self.target.view(target)
         self.before = self.view.matrix
         with seeded(self.seed + step, self.device), torch.enable_grad():
@@ -221,6 +228,15 @@ class _Path:
             return unit
         whole = unit * rows.std(correction=0) + rows.mean()
         return rows + config.first_gate() * (whole - rows)
+
+    def _read(self, source: Tensor) -> Tensor:
+        """What the transfer reads of the source's matrix."""
+        if self.transfer.reads == "weight":
+            return source
+        now = source.clone()  # of a plain module it is the weight itself
+        change = torch.zeros_like(now) if self.source_before is None else now - self.source_before
+        self.source_before = now
+        return change
 
     def _controlled(self, source: Tensor) -> Tensor:
         """The source that the control shows to the adapter; fixed by the seed."""
@@ -322,6 +338,8 @@ class _Path:
         }
         if self.adapter is not None:
             state |= {"adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.source_before is not None:
+            state["source_before"] = self.source_before
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -330,6 +348,8 @@ class _Path:
         self.bad_seen.send(self.bad_in_a_row)
         self.sensitivity = state["sensitivity"].to(self.device)
         self.at_step = self.warned_at = state["at_step"]
+        if "source_before" in state:
+            self.source_before = state["source_before"].to(self.device)
         if self.adapter is not None:
             self.adapter.load_state_dict(state["adapter"])
             self.optimizer.load_state_dict(state["optimizer"])

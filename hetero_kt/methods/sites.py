@@ -48,6 +48,8 @@ class Transfer:
     name: str = ""
     until: int = 0
     """Steps after which nothing is transferred any more; 0: never."""
+    reads: Literal["weight", "change"] = "weight"
+    """The source's matrix, or its change since the transfer before."""
 
     def is_due(self, step: int) -> bool:
         """True in front of a step that a transfer comes before."""
