@@ -213,8 +213,10 @@ class Transfer:
     optim: Optim = field(default_factory=lambda: Optim(name="adamw", lr=1e-3, weight_decay=1e-2, clip=50.0))
     schedule: Schedule = field(default_factory=lambda: Schedule(name="constant"))
     """Of the adapter's learning rate, counted in its own updates."""
-    update: Literal["lookahead", "exact"] = "lookahead"
-    """What the adapter learns from: where the optimizer took the proposal, or the loss gradient at it."""
+    update: Literal["lookahead", "exact", "none"] = "lookahead"
+    """What the adapter learns from: where the optimizer took the proposal, or the loss gradient at it; or it never
+    learns. Either is the target's own training loss, which a target that knows its few samples by heart would rather
+    have without the source."""
     moments: Literal["keep", "reset"] = "keep"
     """Optimizer state of a weight that was just written."""
 

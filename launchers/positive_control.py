@@ -3,9 +3,10 @@ it, the same classes; from a setting that cannot fail to that of MergeNet's Tabl
 
 All rows: hetero-kt table positive-control --budget cpu --seeds 3 --run
 One:      deepspeed launchers/positive_control.py --variant layers --compare none noise shuffled --seeds 0 1 2
-Variants: layers (same model; every matrix is drawn to the source's own), learned (as that, and the gate may learn),
-          classifier (the last matrix alone), width (the same into another model, through a learned map), attention (the
-          paper's adapter between those classifiers), convolution (the paper's kind of target).
+Variants: layers (same model; every matrix is drawn to the source's own, nothing of the adapters learns), mapped (as
+          that, through maps that begin as the identity and learn), learned (and the gates learn too), classifier (the
+          last matrix alone, drawn), width (classifier to another model's, through a learned map), attention (the
+          paper's adapter between those), convolution (the paper's kind of target).
 Hardware: two CPU cores, about five minutes a run.
 Expected: `layers` ends where the source ends, far above `none`; how far down the list that holds is what is measured.
 """
@@ -25,11 +26,12 @@ MATRICES = (
     CLASSIFIER,
 )
 ADAMW = Optim("adamw", lr=2e-3, weight_decay=1e-2)
-DRAWN = AdapterConfig("aligned", input="raw", output="mix", hold=True)
-MIX = Transfer("source:", "target:", 1, "full", adapter=DRAWN, update="exact")
-LEARNED = replace(MIX, adapter=replace(DRAWN, hold=False))
-MAP = replace(MIX, adapter=AdapterConfig("aligned", hold=True))
-ATTENTION = replace(MIX, adapter=AdapterConfig("lpka", hold=True))
+IDENTITY = AdapterConfig("aligned", input="raw", output="mix", hold=True)
+DRAWN = Transfer("source:", "target:", 1, "full", adapter=IDENTITY, update="none")
+MAPPED = replace(DRAWN, update="exact")
+LEARNED = replace(MAPPED, adapter=replace(IDENTITY, hold=False))
+MAP = replace(MAPPED, adapter=AdapterConfig("aligned", hold=True))
+ATTENTION = replace(MAPPED, adapter=AdapterConfig("lpka", hold=True))
 
 
 def recipe(name: str, target: str, weights: tuple[str, ...], transfer: Transfer) -> Recipe:
@@ -50,9 +52,10 @@ def recipe(name: str, target: str, weights: tuple[str, ...], transfer: Transfer)
 
 
 VARIANTS = {
-    "layers": partial(recipe, "layers", "cifar:resnet_tiny", MATRICES, MIX),
+    "layers": partial(recipe, "layers", "cifar:resnet_tiny", MATRICES, DRAWN),
+    "mapped": partial(recipe, "mapped", "cifar:resnet_tiny", MATRICES, MAPPED),
     "learned": partial(recipe, "learned", "cifar:resnet_tiny", MATRICES, LEARNED),
-    "classifier": partial(recipe, "classifier", "cifar:resnet_tiny", (CLASSIFIER,), MIX),
+    "classifier": partial(recipe, "classifier", "cifar:resnet_tiny", (CLASSIFIER,), DRAWN),
     "width": partial(recipe, "width", "cifar:mobilenetv2_tiny", ("classifier.weight",), MAP),
     "attention": partial(recipe, "attention", "cifar:mobilenetv2_tiny", ("classifier.weight",), ATTENTION),
     "convolution": partial(recipe, "convolution", "cifar:mobilenetv2_tiny", ("blocks.2.1.conv_pwl.weight",), ATTENTION),

@@ -219,6 +219,29 @@ def test_an_adapter_that_reads_changes_sees_what_the_source_s_optimizer_has_done
     assert proposals[1].abs().max() > 0
 
 
+def test_an_adapter_that_never_learns_writes_what_the_control_frozen_writes() -> None:
+    ends = []
+    for options in ({"update": "none"}, {"control": "frozen"}):
+        models = build_pair()
+        exchange = Exchange(
+            mutual(models, update=options.get("update", "lookahead")), control=options.get("control", "transfer")
+        )
+        start = copy.deepcopy({name: adapter.state_dict() for name, adapter in exchange.adapters().items()})
+        optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in models.values()]
+        for step in range(STEPS):
+            exchange.propose()
+            for model, optimizer in zip(models.values(), optimizers, strict=True):
+                step_plain(model, optimizer, step)
+            exchange.observe()
+            for optimizer in optimizers:
+                optimizer.step()
+            exchange.learn()
+        for name, adapter in exchange.adapters().items():
+            assert all(torch.equal(value, start[name][key]) for key, value in adapter.state_dict().items()), name
+        ends.append([value for model in models.values() for value in model.state_dict().values()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
 def test_the_change_of_a_fresh_decomposition_is_refused() -> None:
     source, target = Site(Convolutions(), "fc.weight", "svd", 3), Site(Perceptron(), "inner.weight")
     with pytest.raises(ValueError, match="transfer t reads the change of a fresh decomposition"):

@@ -170,7 +170,7 @@ class _Path:
             with seeded(self.seed, self.device):
                 adapter = build_adapter(transfer.adapter, self.target.shape, self.source.shape, rows_align=rows_align)
             self.adapter = adapter.to(self.device)
-        self.learns = self.adapter is not None and control != "frozen"
+        self.learns = self.adapter is not None and control != "frozen" and transfer.update != "none"
         if self.adapter is not None:
             if transfer.schedule.name != "constant" and not steps:
                 raise ValueError(

@@ -43,7 +43,7 @@ class Transfer:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: Optim = field(default_factory=lambda: Optim(name="adamw", lr=1e-3, weight_decay=1e-2, clip=50.0))
     schedule: Schedule = field(default_factory=lambda: Schedule(name="constant"))
-    update: Literal["lookahead", "exact"] = "lookahead"
+    update: Literal["lookahead", "exact", "none"] = "lookahead"
     moments: Literal["keep", "reset"] = "keep"
     name: str = ""
     until: int = 0

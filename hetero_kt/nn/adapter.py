@@ -61,8 +61,7 @@ class AdapterConfig:
     """Where the learned mixing weight of `restore` starts: 0 proposes a pretrained target unchanged, 0.12 lets the
     source take part from the start; `auto` is 0 for a recipe's pretrained targets and 0.12 for others."""
     hold: bool = False
-    """The gate stays where it starts. What it learns from is the target's own training loss, which a target that knows
-    its few samples by heart would rather have without the source."""
+    """The gate stays where it starts, whatever else the adapter learns."""
     dropout: float = 0.1
     """On attention probabilities."""
     ff_dropout: float = 0.2
