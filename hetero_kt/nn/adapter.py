@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from hetero_kt.nn.attention import attention
+
 COMPACT_WIDTH = 64
 PUBLISHED_MLP_WIDTH = 1024
 FROM_SCRATCH = 0.12
@@ -136,16 +138,14 @@ class CrossAttention(nn.Module):
         self.key = nn.Linear(source_width, inner)
         self.value = nn.Linear(source_width, inner)
         self.out = nn.Linear(inner, query_width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.norm = nn.LayerNorm(query_width, eps=1e-12)
 
     def forward(self, query_TC: Tensor, source_SE: Tensor) -> Tensor:
         q_HTD = self.split(self.query(query_TC))
         k_HSD = self.split(self.key(source_SE))
         v_HSD = self.split(self.value(source_SE))
-        # Written out, not fused: kernels differ in how their dropout draws and in the order of their sums.
-        scores_HTS = q_HTD @ k_HSD.mT / math.sqrt(self.head_width)
-        mixed_HTD = self.dropout(scores_HTS.softmax(-1)) @ v_HSD
+        mixed_HTD = attention(q_HTD, k_HSD, v_HSD, self.dropout if self.training else 0.0)
         return self.norm(query_TC + self.out(mixed_HTD.transpose(0, 1).flatten(1)))
 
     def split(self, x_TI: Tensor) -> Tensor:
@@ -182,9 +182,9 @@ class LPKA(nn.Module):
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
         parts = []
-        for (target, source), attention in zip(self.unfoldings, self.attentions, strict=True):
+        for (target, source), attend in zip(self.unfoldings, self.attentions, strict=True):
             tokens_SE = source_NM if source == "row" else source_NM.T
-            parts.append(attention(target_nm, tokens_SE) if target == "row" else attention(target_nm.T, tokens_SE).T)
+            parts.append(attend(target_nm, tokens_SE) if target == "row" else attend(target_nm.T, tokens_SE).T)
         return torch.einsum("i,inm->nm", self.omega(), torch.stack(parts))
 
 
