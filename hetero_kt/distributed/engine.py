@@ -68,7 +68,8 @@ def build_engine(
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """timm's optimizer factory; SGD without Nesterov (timm calls that "momentum")."""
+    """timm's optimizer factory; SGD without Nesterov (timm calls that "momentum"). Fused: one pass over weights and
+    moments in place of one for each operation, which a step's time is made of."""
     return create_optimizer_v2(
         model,
         opt="momentum" if optim.name == "sgd" else "adamw",
@@ -76,6 +77,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         weight_decay=optim.weight_decay,
         momentum=optim.momentum,
         filter_bias_and_bn=not optim.decay_all,
+        fused=True,
     )
 
 

@@ -142,6 +142,7 @@ def fill(engine: DeepSpeedEngine, own: Sequence[Piece], source: Source) -> None:
     The optimizer's state is made where no step has made it yet. What only pads a vector keeps moments of zero.
     """
     names = {id(piece.parameter): piece.name for piece in own}
+    fused = _base(engine.optimizer).defaults.get("fused")
     for home, parameters in _homes(engine):
         held = [names[id(parameter)] for parameter in parameters]
         state = _base(engine.optimizer).state
@@ -151,7 +152,13 @@ def fill(engine: DeepSpeedEngine, own: Sequence[Piece], source: Source) -> None:
         if kinds or counts:
             state[home] = {
                 # A weight that never had a gradient has counted no step, where it does not share a vector.
-                **{key: torch.tensor(max(one[key] for one in numbers if key in one)) for key in counts},
+                # Fused steps keep the count where the weight is, others on the host.
+                **{
+                    key: torch.tensor(
+                        max(one[key] for one in numbers if key in one), device=home.device if fused else "cpu"
+                    )
+                    for key in counts
+                },
                 **{kind: torch.zeros_like(home) for kind in kinds},
             }
     for piece in own:
