@@ -111,9 +111,10 @@ class Log:
     def _measurements(self) -> list[tuple[int, dict[str, float]]]:
         """The transfers as numbers; the device is waited for once."""
         tensors = [value for _, measured in self.transfers for value in measured.values()]
-        on_device = [value.float() for value in tensors if value.device.type != "cpu"]
-        read = iter(torch.stack(on_device).tolist() if on_device else [])
-        numbers = iter([float(value) if value.device.type == "cpu" else next(read) for value in tensors])
+        read = {}
+        for device in {value.device for value in tensors}:
+            read[device] = iter(torch.stack([value.float() for value in tensors if value.device == device]).tolist())
+        numbers = (next(read[value.device]) for value in tensors)
         return [(step, {name: next(numbers) for name in measured}) for step, measured in self.transfers]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +38,7 @@ from hetero_kt.folder import (
 )
 from hetero_kt.methods import Diverged
 from hetero_kt.options import Options, leave, parse, runs, runs_before
+from hetero_kt.profile import profiled
 from hetero_kt.trainer import Trainer
 
 FRESH = Options()
@@ -166,7 +166,7 @@ def _run(
     try:
         if start_from is not None:
             trainer.resume(start_from)
-        with _profiled(folder, options.profile and ranks.first) as trainer.after_step:
+        with profiled(folder, options.profile and ranks.first) as trainer.after_step:
             done = trainer.fit()
         if not done:
             _left_out(ranks, train, test, told)
@@ -234,22 +234,3 @@ def _left_out(
         if notice not in told:
             print(notice, flush=True)
     return notices
-
-
-@contextmanager
-def _profiled(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
-    """With --profile, a trace of the third to sixth step for TensorBoard or a browser's trace viewer.
-
-    Gives what has to be called after each step.
-    """
-    if not wanted:
-        yield lambda: None
-        return
-
-    def write(profile: torch.profiler.profile) -> None:
-        profile.export_chrome_trace(str(folder / "profile.json"))
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
-
-    steps = torch.profiler.schedule(wait=1, warmup=1, active=4, repeat=1)
-    with torch.profiler.profile(schedule=steps, on_trace_ready=write) as profile:
-        yield profile.step

@@ -23,6 +23,7 @@ from hetero_kt.evaluate import averaged_buffers
 from hetero_kt.log import Log
 from hetero_kt.methods import Diverged, Method
 from hetero_kt.nn.reencode import plain_state_dict
+from hetero_kt.profile import part
 
 NOT_FINITE = 3
 """Intervals of the log with a loss that is NaN or infinite after which a run is given up, without a checkpoint."""
@@ -105,12 +106,14 @@ class Trainer:
                     self._finish_saving()
                     raise
                 looks = self._due(min(recipe.log_every, SIGNAL_EVERY))
-                stops = looks and self.stop.agreed(self.ranks.device)
+                with part("logging"):
+                    stops = looks and self.stop.agreed(self.ranks.device)
                 if looks:
                     self._note(self.checkpoints.settle())
                 saves = self._due(recipe.save_every)
                 if stops or saves or self._due(recipe.log_every):
-                    self.log.write(self.step)  # a checkpoint's losses are in the log, so that none is told twice
+                    with part("logging"):
+                        self.log.write(self.step)  # a checkpoint's losses are in the log, so that none is told twice
                     self._check_losses()
                 if stops:
                     self.save()
@@ -128,10 +131,13 @@ class Trainer:
         return self.step == self.last or (every > 0 and self.step % every == 0)
 
     def _one_step(self) -> None:
-        scalars = self.method.step(self.step, self.batches(self.step))
+        with part("data"):
+            batches = self.batches(self.step)
+        scalars = self.method.step(self.step, batches)
         self.step += 1
         self.pulse.beat()
-        self.log.add(self.step, scalars)
+        with part("logging"):
+            self.log.add(self.step, scalars)
         self.after_step()
 
     def _check_losses(self) -> None:

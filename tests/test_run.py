@@ -234,6 +234,9 @@ def test_profile_writes_a_trace_and_changes_no_number(ranks: Any, tmp_path: Path
     ends = tiny.train(ranks(1), profiled, Options(profile=True))
     trace = json.loads((run_folder(profiled) / "profile.json").read_text())
     assert any("conv" in str(event.get("name")) for event in trace["traceEvents"])
+    told = (run_folder(profiled) / "profile.txt").read_text()
+    parts = {"data", "forward", "backward", "optimizer", "logging"} | ({"gather", "adapter"} if steps == 8 else set())
+    assert all(f"│ {name} " in told for name in parts), told
     tiny.assert_same_end(ends, tiny.train(ranks(1), plain))
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from hetero_kt.distributed.learner import Learner
 from hetero_kt.methods.objectives import Evolving, Objective, Terms
 from hetero_kt.models.stored import Stored
+from hetero_kt.profile import part
 
 
 class Distillation:
@@ -58,16 +59,19 @@ class Distillation:
         pieces = list(zip(*(tensor.split(rows) for tensor in batches[self.name]), strict=True))
         log: dict[str, Tensor] = {}
         for i, (pictures, labels) in enumerate(pieces):
-            terms = self.terms(pictures, labels)
-            # One backward for all engines, of one loss, through the student's: it divides by the number of pieces once.
-            engine.backward(torch.stack(list(terms.values())).sum())
+            with part("forward"):
+                terms = self.terms(pictures, labels)
+            with part("backward"):
+                # One for all engines, of one loss, through the student's: it divides by the number of pieces once.
+                engine.backward(torch.stack(list(terms.values())).sum())
             for name, value in terms.items():
                 log[name] = log.get(name, 0.0) + value.detach() / len(pieces)
             if i + 1 < len(pieces):
                 for learner in self.learners.values():
                     learner.engine.step()  # an empty one, which only counts
-        for learner in self.learners.values():
-            learner.step()
+        with part("optimizer"):
+            for learner in self.learners.values():
+                learner.step()
         self.evolving.finish()
         log["total_loss"] = torch.stack(list(log.values())).sum()
         return log

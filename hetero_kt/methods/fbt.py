@@ -24,6 +24,7 @@ from hetero_kt.nn import losses
 from hetero_kt.nn.fused import L2G, Fused, Route, route
 from hetero_kt.nn.losses import InfoNCE
 from hetero_kt.nn.stages import Stages
+from hetero_kt.profile import part
 
 
 class Knowledge(NamedTuple):
@@ -149,7 +150,7 @@ class FBT:
         if not features:
             return {}
         device = next(iter(features.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=aside.torch_autocast_enabled()):
+        with part("adapter"), torch.autocast(device, torch.bfloat16, enabled=aside.torch_autocast_enabled()):
             return aside.module(features=features)
 
 

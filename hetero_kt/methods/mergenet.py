@@ -27,6 +27,7 @@ from hetero_kt.methods import Diverged
 from hetero_kt.methods.sharing import Sharing
 from hetero_kt.methods.sites import Side, Site, Transfer, named
 from hetero_kt.nn.adapter import Adapter, build_adapter, standardise
+from hetero_kt.profile import part
 
 __all__ = ["Exchange", "MergeNet", "Site", "Transfer", "TransferDiverged"]
 
@@ -89,24 +90,28 @@ class Exchange:
         started = time.perf_counter()
         sides = [path.source for path in self._due] + [path.target for path in self._due]
         unique = {id(side.weight.parameter): side.weight for side in sides}
-        whole = dict(zip(unique, params.read(list(unique.values()), self.traffic), strict=True))
-        for path in self._due:
-            source, target = (whole[id(side.weight.parameter)] for side in (path.source, path.target))
-            path.propose(source, target, self.step - 1)
-        _follow_first_rank(self._due)
-        for parameter, paths in _by_target(self._due).items():
-            value = whole[parameter]
-            for path in paths:  # the thirds of one fused projection may each be a target
-                value = path.written(value)
-            resets = any(path.transfer.moments == "reset" and bool(path.finite) for path in paths)
-            params.write([paths[0].target.weight], [value], "reset" if resets else "keep")
+        with part("gather"):
+            whole = dict(zip(unique, params.read(list(unique.values()), self.traffic), strict=True))
+        with part("adapter"):
+            for path in self._due:
+                source, target = (whole[id(side.weight.parameter)] for side in (path.source, path.target))
+                path.propose(source, target, self.step - 1)
+        with part("gather"):
+            _follow_first_rank(self._due)
+            for parameter, paths in _by_target(self._due).items():
+                value = whole[parameter]
+                for path in paths:  # the thirds of one fused projection may each be a target
+                    value = path.written(value)
+                resets = any(path.transfer.moments == "reset" and bool(path.finite) for path in paths)
+                params.write([paths[0].target.weight], [value], "reset" if resets else "keep")
         self._spent = time.perf_counter() - started
 
     def observe(self) -> None:
         """Between backward and step: keep the gradient that `exact` learns from; nothing to do otherwise."""
         due = [path for path in self._due if path.transfer.update == "exact" and path.learns]
         if due:
-            gradients = params.gradients([path.target.weight for path in due], self.traffic)
+            with part("gather"):
+                gradients = params.gradients([path.target.weight for path in due], self.traffic)
             for path, gradient in zip(due, gradients, strict=True):
                 path.observe(gradient)
 
@@ -120,11 +125,13 @@ class Exchange:
             return {}
         started = time.perf_counter()
         unique = {id(path.target.weight.parameter): path.target.weight for path in due}
-        after = dict(zip(unique, params.read(list(unique.values()), self.traffic), strict=True))
+        with part("gather"):
+            after = dict(zip(unique, params.read(list(unique.values()), self.traffic), strict=True))
         log = {}
-        for path in due:
-            for name, value in path.learn(after[id(path.target.weight.parameter)]).items():
-                log[f"{path.name}/{name}"] = value
+        with part("adapter"):
+            for path in due:
+                for name, value in path.learn(after[id(path.target.weight.parameter)]).items():
+                    log[f"{path.name}/{name}"] = value
         log["transfer_seconds"] = torch.tensor(self._spent + time.perf_counter() - started)
         return log
 
@@ -385,9 +392,10 @@ def _derangement(size: int, seed: int) -> Tensor:
 def _follow_first_rank(paths: Sequence[_Path]) -> None:
     """Every rank takes the first one's proposals and verdicts: a weight must be equal everywhere, to the bit."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        flat = torch.cat([t.reshape(-1).double() for p in paths for t in (p.accepted, p.finite)])
+        own = [t for p in paths for t in (p.accepted, p.finite)]
+        flat = torch.cat([t.reshape(-1) for t in own])  # of the widest type among them
         dist.broadcast(flat, 0)
-        pieces = iter(flat.split([t.numel() for p in paths for t in (p.accepted, p.finite)]))
+        pieces = iter(flat.split([t.numel() for t in own]))
         for path in paths:
             path.accepted = next(pieces).reshape(path.accepted.shape).to(path.accepted.dtype)
             path.finite = next(pieces).reshape(()).bool()
@@ -463,8 +471,9 @@ class MergeNet:
             learner.begin(step)
             log[f"{name}/loss"] = self._accumulate(learner.engine, batches[name], self.losses[name])
         self.exchange.observe()
-        for learner in training.values():
-            learner.step()
+        with part("optimizer"):
+            for learner in training.values():
+                learner.step()
         return log | self.exchange.learn()
 
     def _accumulate(self, engine: DeepSpeedEngine, batch: Any, loss_of: Callable[[nn.Module, Any], Tensor]) -> Tensor:
@@ -477,8 +486,10 @@ class MergeNet:
             pieces = list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
         total = torch.zeros((), device=engine.device)
         for i, piece in enumerate(pieces):
-            loss = loss_of(engine, piece)
-            engine.backward(loss)
+            with part("forward"):
+                loss = loss_of(engine, piece)
+            with part("backward"):
+                engine.backward(loss)
             total += loss.detach() / len(pieces)
             if i + 1 < len(pieces):
                 engine.step()
