@@ -72,7 +72,7 @@ def _cifar(bench: Bench, folder: Path) -> Iterator[tuple[Figure, dict[str, list[
 
     def bare() -> None:
         for row in pq.read_table(file)["img"].to_pylist():
-            np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB"))
+            np.asarray(Image.open(io.BytesIO(row["bytes"])))
 
     turns = Turns(CPU).take({"ours": ours, "bare": bare}, bench.turns)
     beside = f"a loop that only decodes, {bench.small} pictures"
