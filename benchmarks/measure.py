@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -222,14 +222,14 @@ def report(title: str, figures: Sequence[Figure], file: str = "", **details: Any
         Path(file).write_text(json.dumps(_plain(content), indent=1) + "\n")
 
 
-def show(title: str, figures: Sequence[Figure], width: int = 150) -> None:
-    """Print the figures as a table."""
+def show(title: str, figures: Sequence[Figure], file: TextIO | None = None) -> None:
+    """Print the figures as a table, to `file` if it is given."""
     table = Table(title=title, title_justify="left")
     for heading in ("figure", "value", "quartiles", "of CPU time", "beside", "aim", ""):
         table.add_column(heading, justify="left" if heading in ("figure", "beside", "") else "right")
     for one in figures:
         table.add_row(*cells(one))
-    console = Console(width=width)
+    console = Console(width=150, file=file)
     console.print(table)
     for one in figures:
         if one.note:

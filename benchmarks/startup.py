@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py
 
-Each turn starts processes: a launcher with `--debug` (tiny models, made-up pictures), which ends after its first step,
-and one that only imports torch and deepspeed.
+Each turn starts processes: a launcher with its variant for handwritten digits, which ends after its first step, and one
+that only imports torch and deepspeed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class Bench:
     """Options of this benchmark."""
 
-    launchers: tuple[str, ...] = ("cifar_mergenet.py", "cifar_fbt.py")
+    launcher: str = "cifar_mergenet.py"
+    variant: str = "digits"
     turns: int = 5
     json: str = ""
     """Also write the figures to this file."""
@@ -47,20 +48,16 @@ def main(bench: Bench) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as folder:
 
-        def started(launcher: str) -> None:
-            options = ("--debug", "--output-dir", folder, "--resume", "never")
-            _run("-c", FIRST_STEP, str(LAUNCHERS / launcher), *options)
+        def launcher() -> None:
+            options = ("--variant", bench.variant, "--output-dir", folder, "--resume", "never")
+            _run("-c", FIRST_STEP, str(LAUNCHERS / bench.launcher), *options)
 
-        sides = {launcher: lambda launcher=launcher: started(launcher) for launcher in bench.launchers}
-        turns = Turns(torch.device("cpu")).take(
-            {**sides, "imports": lambda: _run("-c", "import torch, deepspeed")}, bench.turns
-        )
-    figures = []
-    for launcher in bench.launchers:
-        note = f"{turns.median(launcher):.1f} s; --debug"
-        what = f"start-up until the first step, {launcher.removesuffix('.py')}"
-        one = turns.ratio(what, launcher, "imports", "import torch, deepspeed", note=note)
-        figures.append(dataclasses.replace(one, processor=None))  # other processes did the work
+        sides = {"launcher": launcher, "imports": lambda: _run("-c", "import torch, deepspeed")}
+        turns = Turns(torch.device("cpu")).take(sides, bench.turns)
+    note = f"{turns.median('launcher'):.1f} s; the variant {bench.variant}, two small models and a transfer"
+    what = f"start-up until the first step, {bench.launcher.removesuffix('.py')}"
+    one = turns.ratio(what, "launcher", "imports", "import torch, deepspeed", note=note)
+    figures = [dataclasses.replace(one, processor=None)]  # other processes did the work
     report("start-up", figures, bench.json, seconds=turns.seconds)
 
 
