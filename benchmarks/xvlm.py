@@ -9,19 +9,12 @@ without. Evaluated are the generated world's questions, or its captions.
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 import tyro
-from rich.console import Console
-from rich.table import Table
+from measure import Figure, Turns, report
 
 from hetero_kt import data
 from hetero_kt.config import Data, Model, Optim, Schedule, Text, Transform
@@ -91,55 +84,20 @@ def main(bench: Bench) -> None:
     def evaluation() -> None:
         task.evaluate(engine, seen, ranks.device, k=config.candidates)
 
-    slow, fast = in_turns(lambda: steps(with_transfer), lambda: steps(without), bench.turns, ranks.device)
-    result = {
-        "model": name,
-        "task": bench.task,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "world_size": ranks.world,
-        "zero_stage": bench.stage,
-        "rows_per_rank": bench.batch,
-        "cycle": bench.cycle,
-        "parameters": sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in module.parameters()),
-        "seconds_per_step_with_transfers": slow / bench.cycle,
-        "seconds_per_step_without": fast / bench.cycle,
-        "ratio": slow / fast,
-    }
-    seconds, _ = in_turns(evaluation, lambda: None, 3, ranks.device)
-    result["items_per_second"] = (seen.samples if bench.task == "vqa" else seen.captions) / seconds
-    if ranks.first:
-        table = Table(title=f"{name}, {bench.task}, {result['device']}, {ranks.world} rank(s)")
-        table.add_column("figure")
-        table.add_column("value", justify="right")
-        for figure, value in result.items():
-            table.add_row(figure.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
-        Console(width=120).print(table)
-        if bench.json:
-            Path(bench.json).write_text(json.dumps(result, indent=1) + "\n")
+    where = f"{name}, {bench.task}"
+    turns = Turns(ranks.device).take(
+        {"with": lambda: steps(with_transfer), "without": lambda: steps(without)}, bench.turns
+    )
+    beside = f"{bench.cycle} steps without transfer, {bench.batch} rows"
+    note = f"a transfer each way every {bench.cycle} steps"
+    figures = [turns.ratio(f"X-VLM step with transfers, {where}", "with", "without", beside, note=note)]
+    evaluated = Turns(ranks.device).take({"evaluation": evaluation}, 3)
+    items = seen.samples if bench.task == "vqa" else seen.captions
+    speed = items / evaluated.median("evaluation")
+    figures.append(Figure(f"X-VLM evaluation, {where}", speed, "items/s", f"{items} items, {ranks.world} rank(s)"))
+    seconds = turns.seconds | evaluated.seconds
+    report(f"transfers inside X-VLM, ZeRO-{bench.stage}, {ranks.world} rank(s)", figures, bench.json, seconds=seconds)
     dist.destroy_process_group()
-
-
-def in_turns(
-    one: Callable[[], None], other: Callable[[], None], turns: int, device: torch.device
-) -> tuple[float, float]:
-    """Median seconds of each of two, taken in turns after a first round that does not count."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(turns + 1):
-        for work, found in zip((one, other), seconds, strict=True):
-            synchronise(device)
-            started = time.perf_counter()
-            work()
-            synchronise(device)
-            if turn:
-                found.append(time.perf_counter() - started)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device and for all ranks."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    dist.barrier()
 
 
 if __name__ == "__main__":

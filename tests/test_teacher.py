@@ -175,6 +175,32 @@ def test_one_in_pieces_is_the_whole_one(ranks: Any) -> None:
         }
 
 
+def gathered_at_once() -> tuple[int, int, int]:
+    """Most values of a model in pieces that a rank holds whole within a forward, the largest weight, and all."""
+    module = model("cifar:vit_small")
+    largest, everything = max(p.numel() for p in module.parameters()), sum(p.numel() for p in module.parameters())
+    teacher = frozen(module, zero=zero(3))
+    teacher.start()
+    held: list[int] = []
+
+    def look(*_: Any) -> None:
+        there = (p for p in module.parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+        held.append(sum(p.ds_numel for p in there))
+
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(look)
+    for _ in range(3):  # DeepSpeed learns the order of the layers, and gathers ahead from then on
+        teacher.logits(torch.randn(2, 3, SIZE, SIZE))
+    teacher.stop()
+    return max(held), largest, everything
+
+
+def test_one_in_pieces_is_never_whole_on_a_rank(ranks: Any) -> None:
+    for held, largest, everything in ranks(2).run(gathered_at_once):
+        assert held <= 4 * largest < everything / 3
+
+
 # --- where its weights are ---
 
 

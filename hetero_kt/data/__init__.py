@@ -184,7 +184,8 @@ def _texts(config: Data, data_dir: str, train: bool) -> Rows:
 
 def _load(config: Data, data_dir: str, train: bool) -> ImageSet:
     images = _read(config, data_dir, train or config.validation > 0)
-    return images.take(_chosen(images.labels, images.classes, config, train))
+    rows = _chosen(images.labels, images.classes, config, train)
+    return images if len(rows) == len(images) else images.take(rows)  # all of them are not copied
 
 
 def _read(config: Data, data_dir: str, train: bool) -> ImageSet:

@@ -74,6 +74,8 @@ def _find(folder: Path, part: str) -> list[Path]:
 def _read(files: Sequence[tuple[str, int, int]]) -> tuple[np.ndarray, np.ndarray]:
     readers = {".parquet": _from_parquet, ".bin": _from_binary, "": _from_pickle}
     parts = [readers[Path(name).suffix](Path(name)) for name, *_ in files]
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate([pixels for pixels, _ in parts]), np.concatenate([labels for _, labels in parts])
 
 
@@ -95,7 +97,8 @@ def _decode(file: Path, encoded: Iterable[bytes], count: int) -> np.ndarray:
     pixels = np.empty((count, _SIZE, _SIZE, 3), np.uint8)
     for row, content in enumerate(encoded):
         try:
-            picture = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+            opened = Image.open(io.BytesIO(content))
+            picture = np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
             raise _damaged(f"{file}, row {row},", error) from error
         if picture.shape != pixels.shape[1:]:

@@ -78,7 +78,11 @@ class Frozen:
             return
         import deepspeed
 
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": self.zero, "steps_per_print": 1_000_000_000}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {**_sparing(self.module), **self.zero},
+            "steps_per_print": 1_000_000_000,
+        }
         # Called as a module, not as an engine: an engine without an optimizer refuses to be part of a backward.
         self.engine, *_ = deepspeed.initialize(model=self.module, config=config)
 
@@ -114,6 +118,17 @@ class Frozen:
         `feature`, through which gradients flow; see `Stages.forward`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.module(tail=feature, after=after)
+
+
+def _sparing(module: nn.Module) -> dict[str, Any]:
+    """Of a ZeRO-3 block, unless it says otherwise: DeepSpeed's own bounds would gather most models whole. Here one
+    layer is gathered ahead of the one that computes, and none stays."""
+    largest = max(parameter.numel() for parameter in module.parameters())
+    return {
+        "stage3_prefetch_bucket_size": largest,
+        "stage3_max_live_parameters": 2 * largest,
+        "stage3_max_reuse_distance": 0,
+    }
 
 
 def build_teacher(

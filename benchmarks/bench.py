@@ -1,0 +1,150 @@
+"""Every benchmark, one after another, and one table of all figures beside floor, peer and aim.
+
+    make bench                                   everything, about ten minutes on two cores
+    python benchmarks/bench.py --only kd fbt     some of it
+    python benchmarks/bench.py --quick           the same path with tiny models: figures mean nothing
+
+A GPU is used where there is one. What is counted between two ranks is counted on the CPU where there are fewer than two
+GPUs: the counts are the same. Writes `bench.json`, `bench.txt` and `bench.png` to the folder `out`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from measure import Figure, absent, about, cells, draw, read, show
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 600
+"""Seconds after which a part is given up."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One script."""
+
+    script: str
+    quick: tuple[str, ...] = ()
+    """Options with which it takes seconds."""
+    options: tuple[str, ...] = ()
+    ranks: int = 1
+
+
+SMALL = ("--source", "cifar:resnet_tiny", "--target", "cifar:mobilenetv2_tiny")
+PARTS = {
+    "exchange": Part(
+        "exchange.py",
+        (
+            *SMALL,
+            "--turns",
+            "1",
+            "--batch",
+            "2",
+            "--rank",
+            "4",
+            "--source-weights",
+            "fc.weight",
+            "layer4.0.conv1.weight",
+        )
+        + ("--target-weights", "blocks.2.1.conv_pwl.weight", "classifier.weight"),
+    ),
+    "loop": Part("loop.py", ("--model", "cifar:resnet_tiny", "--batch", "4", "--segment", "4", "--turns", "2")),
+    "fbt": Part("fbt.py", ("--turns", "1", "--batch", "2", "--pairs", "resnet18:deit_tiny_patch16_224")),
+    "kd": Part("kd.py", ("--turns", "1", "--batch", "2")),
+    "sharding": Part(
+        "sharding.py",
+        (*SMALL, "--target-weight", "blocks.2.1.conv_pwl.weight", "--rank", "4")
+        + ("--teacher", "timm:deit_tiny_patch16_224"),
+        ranks=2,
+    ),
+    "pipeline": Part("pipeline.py", ("--turns", "1", "--small", "64", "--large", "8", "--batch", "4")),
+    "startup": Part("startup.py", ("--turns", "1")),
+    "xvlm": Part("xvlm.py", ("--turns", "1", "--batch", "2")),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Options of all benchmarks."""
+
+    only: tuple[str, ...] = tuple(PARTS)
+    """Parts to run."""
+    quick: bool = False
+    """Tiny models, one turn: to see that everything runs."""
+    out: str = "runs/bench"
+    """Folder for the tables and the picture."""
+
+
+def main(bench: Bench) -> None:
+    """Run the parts, print and write the table; ends with status 1 if a part did not end well."""
+    unknown = [name for name in bench.only if name not in PARTS]
+    if unknown:
+        raise SystemExit(f"--only {unknown[0]} is no part: use any of {', '.join(PARTS)}")
+    out = Path(bench.out)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    figures: list[Figure] = []
+    parts: dict[str, Any] = {}
+    for name in bench.only:
+        begun = time.perf_counter()
+        found, parts[name] = _run(name, PARTS[name], bench.quick, out / f"{name}.json")
+        parts[name]["took"] = round(time.perf_counter() - begun, 1)
+        figures += found
+    where = {**about(), "took": round(time.perf_counter() - started, 1)}
+    title = f"{where['device']}, {where['machine']}, commit {where['commit']}, {where['took']:.0f} s"
+    rows = [dataclasses.asdict(one) | {"value": one.value if one.value == one.value else None} for one in figures]
+    (out / "bench.json").write_text(json.dumps({**where, "figures": rows, "parts": parts}, indent=1) + "\n")
+    with (out / "bench.txt").open("w") as file:
+        show(title, figures, file=file)
+    draw(figures, out / "bench.png", title)
+    print()
+    show(title, figures)
+    missed = [one for one in figures if one.met is False]
+    print(f"\n{sum(one.met is True for one in figures)} aims met, {len(missed)} missed{':' if missed else '.'}")
+    for one in missed:
+        what, value, *_, aim, _ = cells(one)
+        print(f"  {what}: {value}, aim {aim}")
+    print(f"written to {out}/bench.json, bench.txt and bench.png")
+    failed = [name for name, part in parts.items() if "error" in part]
+    if failed:
+        raise SystemExit(f"did not end well: {', '.join(failed)}")
+
+
+def _run(name: str, part: Part, quick: bool, file: Path) -> tuple[list[Figure], dict[str, Any]]:
+    """One part in processes of its own: its figures, and what else its file says."""
+    command = [sys.executable]
+    env = dict(os.environ)
+    if part.ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(part.ranks)]
+        if torch.cuda.device_count() < part.ranks:
+            env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    cores = os.cpu_count() or 1
+    env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // part.ranks))
+    command += [str(HERE / part.script), "--json", str(file), *(part.quick if quick else part.options)]
+    file.unlink(missing_ok=True)
+    print(f"{name} ...", flush=True)
+    try:
+        ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
+        error = ended.stderr[-3000:] if ended.returncode else ""
+    except subprocess.TimeoutExpired:
+        error = f"not done after {LIMIT} s"
+    if error:
+        print(error, flush=True)
+        return [absent(f"{name}: did not end well", "", None, error.strip().splitlines()[-1])], {"error": error}
+    figures, content = read(file)
+    show(content["title"], figures)
+    return figures, {key: value for key, value in content.items() if key not in ("figures", "versions", "machine")}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench))
