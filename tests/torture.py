@@ -4,8 +4,8 @@
 
 Ranks are forked from a process that has imported everything already, so that a kill and the start after it cost a few
 seconds. Each start is a launcher's own `main`: ranks meet, take the folder's lock, resume, train, save every other
-step, evaluate, export. A kill is SIGKILL to both ranks or to one, at a random time after the start or an instant after a
-checkpoint has been begun. After it each complete checkpoint has to be whole, and equal, by the checksums of all
+step, evaluate, export. A kill is SIGKILL to both ranks or to one, at a random time after the start or an instant after
+a checkpoint has been begun. After it each complete checkpoint has to be whole, and equal, by the checksums of all
 its files, to that of the same step of a run that nobody has touched; none may have gone without a newer one. A run that
 comes to its end has to have the untouched run's last checkpoint (weights, moments, averages, every rank's buffers and
 random state), exports, metrics and lines in the log, to the bit. Then the next run begins, at another ZeRO stage.
