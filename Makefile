@@ -1,9 +1,9 @@
-# make demo | test | check | bench | clean; each installs what it lacks into .venv first.
+# make demo | test | torture | check | bench | clean; each installs what it lacks into .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test torture check lint bench clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,10 @@ demo: .venv/installed
 # A file's tests stay together: they share what was started for them.
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# A small run, killed a hundred times; a quarter of an hour or two.
+torture: .venv/installed
+	$(BIN)/python tests/torture.py --kills 100
 
 lint: .venv/installed
 	$(BIN)/ruff check .

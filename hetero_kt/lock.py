@@ -104,7 +104,9 @@ class Lock:
         here = _self()
         if owner.get("host") == here["host"] and owner.get("processes") == here["processes"]:
             try:
-                return abs(psutil.Process(int(owner["pid"])).create_time() - float(owner["started"])) > 10
+                process = psutil.Process(int(owner["pid"]))
+                other = abs(process.create_time() - float(owner["started"])) > 10
+                return other or process.status() == psutil.STATUS_ZOMBIE  # killed, and its parent has not looked yet
             except (psutil.Error, KeyError, TypeError, ValueError):
                 return True
         # Its clock is not ours: what counts is whether the time moves while we look.

@@ -7,7 +7,7 @@ Variants: default (CNN student: Swin-T -> ResNet18) and tokens (MSA/MLP student:
           published schedule; tiny (our reduced pair, for shards of 30 classes: --first tiny_teacher).
 Teachers: timm's weights of the name that you give, as far as they were trained on these 1,000 classes; others by
           --method.teachers.teacher.no-pretrained --method.teachers.teacher.init FILE_OR_RUN.
-          --method.teachers.teacher.zero ds_configs/zero3.json shards one.
+          --method.teachers.teacher.zero ds_configs/zero3_frozen.json shards one.
 Nodes:    srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python launchers/imagenet_fbt.py
 Hardware: eight GPUs with 40 GB; about a day for `default`, three for `tokens` (estimates).
 Expected: Swin-T -> ResNet18 72.21 (KD 71.14, OFA 71.76); ConvNeXt-T -> DeiT-T 75.26 (OFA 74.41).

@@ -29,8 +29,8 @@ def losses(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_debug_run_on_a_gpu_equals_the_one_on_the_cpu(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3", "3_offload"])
+def test_a_debug_run_on_a_gpu_equals_the_one_on_the_cpu(tmp_path: Path, stage: str) -> None:
     option = ("--zero-config", f"ds_configs/zero{stage}.json")
     on, gpu = losses(tmp_path / "gpu", True, *option)
     off, cpu = losses(tmp_path / "cpu", False, *option)

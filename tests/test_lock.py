@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 
@@ -62,6 +63,19 @@ def test_the_lock_of_a_killed_process_of_this_host_is_taken_over_at_once(tmp_pat
     after.take()
     assert time.monotonic() - start < 1
     after.release()
+
+
+def test_a_killed_process_that_its_parent_has_not_waited_for_is_dead(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", HOLDS + "time.sleep(60)", str(tmp_path)])
+    while not (tmp_path / "lock").exists():
+        time.sleep(0.01)
+    killed.kill()
+    while psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    after = Lock(tmp_path)
+    after.take()
+    after.release()
+    killed.wait()
 
 
 def test_a_process_that_has_a_dead_one_s_number_is_not_taken_for_it(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def _train(base: Recipe, options: Options, plan: Plan) -> bytes:
             if plan.logits:
                 end["logits"] = {name: _logits(self.engines[name]) for name in self.method.models}
 
-    with _patched(plan.dropout), handlers_kept(), warnings.catch_warnings(record=True) as caught:
+    with patched(plan.dropout), handlers_kept(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         running.Trainer = Watched  # type: ignore[misc]
         try:
@@ -246,7 +246,7 @@ def pictures() -> Tensor:
 
 
 @contextlib.contextmanager
-def _patched(dropout: float) -> Iterator[None]:
+def patched(dropout: float) -> Iterator[None]:
     build = models.build
 
     def with_dropout(*args: Any, **options: Any) -> nn.Module:
