@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -219,9 +220,9 @@ def test_each_unfolding_mixes_along_its_own_axes(unfolding):
 # What goes in and what comes out.
 
 
-@pytest.mark.parametrize("kind", ["lpka", "mlp", "aligned"])
+@pytest.mark.parametrize("kind", ["lpka", "mlp", "aligned", "procrustes"])
 def test_gate_zero_is_the_target_to_the_bit(kind):
-    source = (5, 9) if kind == "aligned" else SOURCE
+    source = (5, 9) if kind in ("aligned", "procrustes") else SOURCE
     adapter = built(kind=kind, source=source, gate=0.0)
     assert adapter.training
     target, source = matrices(source=source)
@@ -278,9 +279,9 @@ def test_restore_mixes_in_the_stream_at_the_targets_scale():
         torch.testing.assert_close(restored(target, source)[i], 0.7 * target[i] + 0.3 * G)
 
 
-@pytest.mark.parametrize("kind", ["lpka", "mlp", "aligned"])
+@pytest.mark.parametrize("kind", ["lpka", "mlp", "aligned", "procrustes"])
 def test_an_open_gate_keeps_row_means_and_scales(kind):
-    source = (5, 9) if kind == "aligned" else SOURCE
+    source = (5, 9) if kind in ("aligned", "procrustes") else SOURCE
     adapter = built(kind=kind, source=source, gate=0.999999)
     target, source = matrices(source=source)
     target = target * torch.tensor([[1.0], [10], [100], [0.1], [1]]) + 0.5
@@ -409,12 +410,79 @@ def test_kinds_without_attention_have_no_omega():
     assert built(source=(5, 9), kind="aligned").omega() == []
 
 
+# Procrustes.
+
+
+def stream(target, source):
+    return built(target.shape, source.shape, kind="procrustes", input="raw", output="layernorm")(target, source)
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_procrustes_is_the_nearest_rotation_of_scipy(axis):
+    target, source = matrices((9, 4), (9, 4))
+    wanted_t, wanted_s = (x - x.mean(0) for x in (target, source))
+    rotation, _ = scipy.linalg.orthogonal_procrustes(wanted_s.numpy(), wanted_t.numpy())
+    wanted = wanted_s @ torch.from_numpy(rotation)
+    if axis == "row":
+        found = stream(target, source)
+    else:
+        adapter = build_adapter(
+            AdapterConfig("procrustes", input="raw", output="layernorm"), (4, 9), (4, 9), rows_align=False
+        )
+        found = adapter(target.T, source.T).T
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [4, 7])
+def test_no_other_partial_isometry_brings_the_source_nearer(width):
+    target, source = matrices((12, 5), (12, width), dtype=torch.float64)
+    centred = target - target.mean(0)
+    adapter = built((12, 5), (12, width), kind="procrustes", input="raw", output="layernorm").double()
+    best = (adapter(target, source) * centred).sum()
+    torch.manual_seed(1)
+    for _ in range(200):
+        other, _ = torch.linalg.qr(torch.randn(max(width, 5), min(width, 5), dtype=torch.float64))
+        other = other if width >= 5 else other.T
+        assert ((source - source.mean(0)) @ other * centred).sum() <= best + 1e-9
+
+
+def test_procrustes_keeps_what_lies_between_the_source_s_tokens():
+    """Angles and lengths, where the target is at least as wide."""
+    target, source = matrices((8, 6), (8, 4))
+    moved, centred = stream(target, source), source - source.mean(0)
+    torch.testing.assert_close(moved @ moved.T, centred @ centred.T, atol=1e-5, rtol=1e-5)
+
+
+def test_procrustes_brings_back_a_source_that_is_the_target_turned():
+    target, _ = matrices((8, 6), (8, 6))
+    turn, _ = torch.linalg.qr(torch.randn(6, 6))
+    torch.testing.assert_close(stream(target, target @ turn), target - target.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_procrustes_cannot_undo_another_order_of_rows_and_says_so():
+    target, source = matrices((8, 6), (8, 6))
+    assert not torch.allclose(stream(target, source[torch.randperm(8)]), stream(target, source), atol=1e-3)
+    assert built((8, 6), (8, 6), kind="procrustes").sees_order
+
+
+def test_procrustes_gives_nan_for_what_is_not_finite_and_does_not_raise():
+    target, source = matrices((8, 6), (8, 4))
+    source[3, 1] = torch.inf
+    assert stream(target, source).isnan().all()
+
+
+def test_procrustes_has_nothing_to_learn_but_its_gate():
+    adapter = built((8, 6), (8, 4), kind="procrustes")
+    assert [name for name, _ in adapter.named_parameters()] == ["gate"]
+    assert adapter.omega() == []
+
+
 # Gradients, randomness, state.
 
 
-@pytest.mark.parametrize("kind", ["lpka", "mlp", "aligned"])
+@pytest.mark.parametrize("kind", ["lpka", "mlp", "aligned", "procrustes"])
 def test_gradients_equal_finite_differences(kind):
-    source = (3, 5) if kind == "aligned" else (4, 5)
+    source = (3, 5) if kind in ("aligned", "procrustes") else (4, 5)
     adapter = built((3, 4), source, kind=kind, heads=2, gate=0.3).double().eval()
     target, source = matrices((3, 4), source, dtype=torch.float64)
     names = [name for name, _ in adapter.named_parameters()]
@@ -495,6 +563,7 @@ def test_it_can_learn_to_carry_the_source_over(kind):
         ({"dropout": 1.0}, "adapter.dropout 1.0"),
         ({"ff_dropout": -0.1}, "adapter.ff_dropout -0.1"),
         ({"kind": "aligned"}, "needs equal rows or equal columns, and 5x12 <- 7x9 share neither"),
+        ({"kind": "procrustes"}, "'procrustes' needs equal rows or equal columns, and 5x12 <- 7x9 share neither"),
     ],
 )
 def test_bad_options_are_named_in_one_sentence(options, words):

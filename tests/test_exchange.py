@@ -242,6 +242,30 @@ def test_an_adapter_that_never_learns_writes_what_the_control_frozen_writes() ->
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 
 
+@pytest.mark.parametrize("hold", [False, True])
+def test_an_adapter_with_nothing_to_learn_takes_part_and_comes_back_from_its_state(hold: bool) -> None:
+    """One process without any parameter of an adapter: the rotation that scipy finds, a part of the way, every time."""
+    torch.manual_seed(0)
+    target, source = nn.Linear(6, 5), nn.Linear(8, 5)
+    config = AdapterConfig("procrustes", input="raw", gate=0.5, hold=hold)
+
+    def made() -> Exchange:
+        return Exchange([Transfer(Site(source, "weight"), Site(target, "weight"), 1, config, name="t")])
+
+    exchange, before = made(), target.weight.detach().clone()
+    exchange.propose()
+    expected = exchange.adapters()["t"](before, source.weight.detach())
+    torch.testing.assert_close(target.weight.detach(), expected.detach())
+    assert not torch.allclose(expected, before, atol=1e-2)
+    log = exchange.learn()
+    assert log["t/gate"] == pytest.approx(0.5)
+    again = made()
+    again.load_state_dict(copy.deepcopy(exchange.state_dict()))
+    gates = [one.adapters()["t"].gate for one in (exchange, again)]
+    assert torch.equal(gates[0], gates[1])
+    assert bool(torch.equal(gates[0], made().adapters()["t"].gate)) is hold
+
+
 def test_the_change_of_a_fresh_decomposition_is_refused() -> None:
     source, target = Site(Convolutions(), "fc.weight", "svd", 3), Site(Perceptron(), "inner.weight")
     with pytest.raises(ValueError, match="transfer t reads the change of a fresh decomposition"):

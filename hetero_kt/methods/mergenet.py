@@ -177,8 +177,10 @@ class _Path:
             with seeded(self.seed, self.device):
                 adapter = build_adapter(transfer.adapter, self.target.shape, self.source.shape, rows_align=rows_align)
             self.adapter = adapter.to(self.device)
-        self.learns = self.adapter is not None and control != "frozen" and transfer.update != "none"
-        if self.adapter is not None:
+        learnable = self.adapter is not None and any(p.requires_grad for p in self.adapter.parameters())
+        self.learns = learnable and control != "frozen" and transfer.update != "none"
+        if self.learns:
+            assert self.adapter is not None
             if transfer.schedule.name != "constant" and not steps:
                 raise ValueError(
                     f"transfer {self.name}: a {transfer.schedule.name} schedule needs Exchange(steps=...)."
@@ -344,7 +346,9 @@ class _Path:
             "sensitivity": self.sensitivity,
         }
         if self.adapter is not None:
-            state |= {"adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state["adapter"] = self.adapter.state_dict()
+        if self.learns:
+            state["optimizer"] = self.optimizer.state_dict()
         if self.source_before is not None:
             state["source_before"] = self.source_before
         return state
@@ -359,6 +363,7 @@ class _Path:
             self.source_before = state["source_before"].to(self.device)
         if self.adapter is not None:
             self.adapter.load_state_dict(state["adapter"])
+        if self.learns:
             self.optimizer.load_state_dict(state["optimizer"])
 
 

@@ -38,8 +38,9 @@ class AdapterConfig:
     """What an adapter is made of; the defaults are ours, the published form is `width="published",
     input="raw", output="layernorm"`."""
 
-    kind: Literal["lpka", "mlp", "aligned"] = "lpka"
-    """Attention over unfoldings (Eq. 6), two perceptrons (Eq. 2), or a linear map along a shared axis."""
+    kind: Literal["lpka", "mlp", "aligned", "procrustes"] = "lpka"
+    """Attention over unfoldings (Eq. 6), two perceptrons (Eq. 2), or, along an axis that both matrices share, a learned
+    linear map or the nearest rotation."""
     layers: int = 2
     """Knowledge transfer layers (L)."""
     heads: int = 8
@@ -97,16 +98,9 @@ class Aligned(nn.Module):
     Meant for matrices whose rows (else columns) stand for the same things: classes, a vocabulary, a width.
     """
 
-    def __init__(self, target_shape: tuple[int, int], source_shape: tuple[int, int], rows_align: bool):
+    def __init__(self, target_shape: tuple[int, int], source_shape: tuple[int, int], by_row: bool):
         super().__init__()
-        (n, m), (N, M) = target_shape, source_shape
-        self.by_row = rows_align and n == N
-        if not self.by_row and m != M:
-            needs = "equal rows or equal columns" if rows_align else "equal columns (the rows are those of factors)"
-            raise ValueError(
-                f"adapter.kind 'aligned' needs {needs}, and {n}x{m} <- {N}x{M} share neither: "
-                "choose other weights, mode 'full', or adapter.kind 'lpka'."
-            )
+        (n, m), (N, M), self.by_row = target_shape, source_shape, by_row
         self.map = nn.Linear(M, m, bias=False) if self.by_row else nn.Linear(N, n, bias=False)
         if self.map.in_features == self.map.out_features:  # the other axis may well mean the same, too
             nn.init.eye_(self.map.weight)
@@ -115,6 +109,51 @@ class Aligned(nn.Module):
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
         return self.map(source_NM) if self.by_row else self.map(source_NM.T).T
+
+
+class Procrustes(nn.Module):
+    """Our own: the source turned to where the target lies, by the rotation that brings it nearest (Schoenemann 1966).
+
+    Token i of the source stands for what token i of the target stands for, in a space of other axes, and often of
+    another width. A rotation (a partial isometry where widths differ) leaves what lies between tokens as it is, and
+    that is what reaches the target: which classes are near each other, say. Nothing is learnt.
+    """
+
+    def __init__(self, by_row: bool):
+        super().__init__()
+        self.by_row = by_row
+
+    @torch.no_grad()
+    def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
+        if not self.by_row:
+            return self.turned(target_nm.T, source_NM.T).T
+        return self.turned(target_nm, source_NM)
+
+    def turned(self, target_TC: Tensor, source_TE: Tensor) -> Tensor:
+        """The centred source in the target's axes, (T, C). NaN or Inf on either side gives NaN."""
+        source_TE = source_TE - source_TE.mean(0)
+        product_EC = source_TE.T @ (target_TC - target_TC.mean(0))
+        finite = product_EC.isfinite().all()  # where not, LAPACK would raise in the middle of a run
+        U, _, V = torch.linalg.svd(product_EC.where(finite, 0), full_matrices=False)
+        return (source_TE @ (U @ V)).where(finite, torch.nan)
+
+
+def goes_by_row(kind: str, target_shape: tuple[int, int], source_shape: tuple[int, int], rows_align: bool) -> bool:
+    """Whether token i is row i, as where a classifier's rows are classes, or column i.
+
+    Raises:
+        ValueError: neither axis is of one length on both sides.
+    """
+    (n, m), (N, M) = target_shape, source_shape
+    if rows_align and n == N:
+        return True
+    if m != M:
+        needs = "equal rows or equal columns" if rows_align else "equal columns (the rows are those of factors)"
+        raise ValueError(
+            f"adapter.kind '{kind}' needs {needs}, and {n}x{m} <- {N}x{M} share neither: "
+            "choose other weights, mode 'full', or adapter.kind 'lpka'."
+        )
+    return False
 
 
 class CrossAttention(nn.Module):
@@ -242,16 +281,20 @@ class Adapter(nn.Module):
     to the bit, and g itself still receives a gradient. With `mix`, G is the last stream as it is.
     """
 
+    ungated: Tensor
+    """The mixing weight without a gate."""
+
     def __init__(self, config: AdapterConfig, body: nn.Module):
         super().__init__()
         self.config = config
         self.body = body
+        self.register_buffer("ungated", torch.ones(()), persistent=False)  # and what type and device to compute in
         gated = config.output != "layernorm"
         start = torch.tensor(math.atanh(config.first_gate()) / GATE_SLOPE)
         self.gate = nn.Parameter(start, requires_grad=not config.hold) if gated else None
 
     def forward(self, target_nm: Tensor, source_NM: Tensor) -> Tensor:
-        dtype = next(self.body.parameters()).dtype
+        dtype = self.ungated.dtype
         target_nm, source_NM = target_nm.to(dtype), source_NM.to(dtype)
         with torch.autocast(target_nm.device.type, enabled=False):
             if self.config.input == "raw":
@@ -278,17 +321,17 @@ class Adapter(nn.Module):
     @property
     def shared_axis(self) -> int:
         """The axis of the source along which order means something: 1 where `aligned` goes by column, else 0."""
-        return 1 if isinstance(self.body, Aligned) and not self.body.by_row else 0
+        return 1 if isinstance(self.body, Aligned | Procrustes) and not self.body.by_row else 0
 
     @property
     def sees_order(self) -> bool:
         """True where a fixed other order along `shared_axis` cannot be learnt away."""
-        return isinstance(self.body, Aligned)
+        return isinstance(self.body, Aligned | Procrustes)
 
     def gate_value(self) -> Tensor:
         """The mixing weight g, a detached scalar; 1 where the output overwrites the target."""
         if self.gate is None:
-            return next(self.body.parameters()).new_ones(())
+            return self.ungated.clone()
         return (GATE_SLOPE * self.gate.detach()).tanh()
 
     def num_parameters(self) -> int:
@@ -306,11 +349,11 @@ def build_adapter(
 ) -> Adapter:
     """An adapter for a target of (n, m) and a source of (N, M), initialised from torch's global generator.
 
-    `rows_align` is False where rows are components of a factorisation: `aligned` then goes by column only.
+    `rows_align` is False where rows are components of a factorisation: `aligned` and `procrustes` then go by column.
 
     Raises ValueError where the configuration cannot be built: layers or heads below 1, more heads than inner
-    width, a gate outside (-1, 1), a dropout outside [0, 1), kind `aligned` without equal rows or columns, output
-    `mix` of standardised matrices.
+    width, a gate outside (-1, 1), a dropout outside [0, 1), kind `aligned` or `procrustes` without equal rows or
+    columns, output `mix` of standardised matrices.
     """
     if config.output == "mix" and config.input != "raw":
         raise ValueError("adapter.output mix keeps the source's own scale, which adapter.input raw has: choose both.")
@@ -324,6 +367,8 @@ def build_adapter(
             raise ValueError(f"adapter.{option} {p} is no probability to drop: choose 0 or more, below 1.")
     if config.kind == "mlp":
         return Adapter(config, MLP(config, target_shape, source_shape))
-    if config.kind == "aligned":
-        return Adapter(config, Aligned(target_shape, source_shape, rows_align))
+    if config.kind in ("aligned", "procrustes"):
+        by_row = goes_by_row(config.kind, target_shape, source_shape, rows_align)
+        body = Procrustes(by_row) if config.kind == "procrustes" else Aligned(target_shape, source_shape, by_row)
+        return Adapter(config, body)
     return Adapter(config, TransferLayers(config, target_shape, source_shape))
