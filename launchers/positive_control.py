@@ -5,8 +5,8 @@ All rows: hetero-kt table positive-control --budget cpu --seeds 3 --run
 One:      deepspeed launchers/positive_control.py --variant layers --compare none noise shuffled --seeds 0 1 2
 Variants: layers (same model; every matrix is drawn to the source's own, nothing of the adapters learns), mapped (as
           that, through maps that begin as the identity and learn), learned (and the gates learn too), classifier (the
-          last matrix alone, drawn), width (classifier to another model's, through a learned map), attention (the
-          paper's adapter between those), convolution (the paper's kind of target).
+          last matrix alone, drawn), turned (the source's classifier into another model's, by the nearest rotation),
+          width (through a map that learns), attention (the paper's adapter), convolution (the paper's kind of target).
 Hardware: two CPU cores, about five minutes a run.
 Expected: `layers` ends where the source ends, far above `none`; how far down the list that holds is what is measured.
 """
@@ -31,6 +31,7 @@ DRAWN = Transfer("source:", "target:", 1, "full", adapter=IDENTITY, update="none
 MAPPED = replace(DRAWN, update="exact")
 LEARNED = replace(MAPPED, adapter=replace(IDENTITY, hold=False))
 MAP = replace(MAPPED, adapter=AdapterConfig("aligned", hold=True))
+TURNED = replace(DRAWN, adapter=AdapterConfig("procrustes", hold=True))
 ATTENTION = replace(MAPPED, adapter=AdapterConfig("lpka", hold=True))
 
 
@@ -56,6 +57,7 @@ VARIANTS = {
     "mapped": partial(recipe, "mapped", "cifar:resnet_tiny", MATRICES, MAPPED),
     "learned": partial(recipe, "learned", "cifar:resnet_tiny", MATRICES, LEARNED),
     "classifier": partial(recipe, "classifier", "cifar:resnet_tiny", (CLASSIFIER,), DRAWN),
+    "turned": partial(recipe, "turned", "cifar:mobilenetv2_tiny", ("classifier.weight",), TURNED),
     "width": partial(recipe, "width", "cifar:mobilenetv2_tiny", ("classifier.weight",), MAP),
     "attention": partial(recipe, "attention", "cifar:mobilenetv2_tiny", ("classifier.weight",), ATTENTION),
     "convolution": partial(recipe, "convolution", "cifar:mobilenetv2_tiny", ("blocks.2.1.conv_pwl.weight",), ATTENTION),
