@@ -36,6 +36,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/fbt.py
 	$(BIN)/python benchmarks/xvlm.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

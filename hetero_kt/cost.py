@@ -44,7 +44,7 @@ class ModelCost:
     activation_bytes: int
     """What forward keeps for the backward, of one micro-batch."""
     sent_bytes: int
-    """What ZeRO moves per step and rank: 2 P (w-1)/w at stages 1 and 2, 3 P (w-1)/w at stage 3 (Rajbhandari 2020)."""
+    """What a rank sends per step: see `sent_bytes`."""
 
     @property
     def state_bytes(self) -> int:
@@ -81,8 +81,31 @@ def _cost(module: nn.Module, macs: int, model: Model, world: int, activations: i
         average_bytes=master if model.ema and "optimizer" not in offloaded else 0,
         buffer_bytes=memory.buffer_bytes(module, zero, width),
         activation_bytes=activations,
-        sent_bytes=width * (2 * count + trained if stage == 3 else 2 * trained) * (world - 1) // world,
+        sent_bytes=sent_bytes(zero, count, trained, world, width),
     )
+
+
+def sent_bytes(zero: Mapping[str, Any], count: int, trained: int, world: int, width: int = 4) -> int:
+    """What DeepSpeed lets one of `world` ranks send per step, by ring algorithms.
+
+    P bytes of gradients are reduced to the ranks that own them, and as many of weights gathered: P (w-1)/w each, 2 P at
+    stages 1 and 2 (Rajbhandari et al. 2020). DeepSpeed all-reduces the gradients there unless it is told otherwise,
+    which sends P more. At stage 3 weights are gathered for forward and again for backward, 3 P in all, unless the whole
+    model is within `stage3_max_reuse_distance`: then forward's are kept.
+
+    Args:
+        zero: DeepSpeed's block.
+        count, trained: all parameters, and those with gradients.
+        width: bytes of an element.
+    """
+    if zero["stage"] == 3:
+        kept = int(zero.get("stage3_max_reuse_distance", memory.LIVE)) >= count
+        times = (1 if kept else 2) * count + trained
+    elif zero["stage"]:
+        times = (3 if zero.get("use_multi_rank_bucket_allreduce", True) else 2) * trained
+    else:
+        times = 2 * trained
+    return width * times * (world - 1) // world
 
 
 def aside_cost(

@@ -56,7 +56,7 @@ def test_fbt_on_a_gpu_equals_the_one_on_the_cpu(tmp_path: Path, stage: int, vari
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("benchmark", ["exchange.py", "fbt.py", "xvlm.py"])
+@pytest.mark.parametrize("benchmark", ["exchange.py", "fbt.py", "xvlm.py", "checkpoint.py"])
 def test_the_benchmarks_measure_on_the_gpu(tmp_path: Path, benchmark: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
     file = tmp_path / "figures.json"

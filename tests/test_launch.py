@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -375,3 +376,15 @@ def test_what_ranks_agree_on_is_the_command_but_not_where_data_lie() -> None:
         if ours[name] != value
     }
     assert changed == {"--seed", "--debug"}
+
+
+def listening() -> set[str]:
+    """The addresses on which this rank's sockets wait for others."""
+    found = psutil.Process().net_connections(kind="tcp")
+    return {connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN}
+
+
+def test_ranks_of_one_machine_listen_for_no_other(ranks: Any) -> None:
+    first, other = ranks(2).run(listening)
+    assert first, "the store, at least"
+    assert first | other <= {"127.0.0.1", "::1"}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from small import zero
 from test_launchers import LAUNCHERS, load
@@ -14,10 +15,11 @@ from test_launchers import LAUNCHERS, load
 from hetero_kt import data, models, parts, plan
 from hetero_kt import run as running
 from hetero_kt.config import CRD, FBT, Data, Distill, FitNet, MergeNet, Model, Optim, Recipe, Teacher, Transfer
-from hetero_kt.cost import additions, aside_cost, connection, crd_bytes, model_cost, transfer_cost
+from hetero_kt.cost import additions, aside_cost, connection, crd_bytes, model_cost, sent_bytes, transfer_cost
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.launch import Ranks
+from hetero_kt.distributed.traffic import Sent
 from hetero_kt.nn.losses.memory import Memory
 from hetero_kt.nn.stages import Stages, split
 from hetero_kt.options import without_local_rank
@@ -48,7 +50,7 @@ def test_macs_are_those_of_linear_and_convolution_layers(name: str, billions: fl
 
 @pytest.mark.parametrize(
     ("stage", "weights", "gradients", "states", "sent"),
-    [(0, 4, 4, 4, 6), (1, 4, 4, 2, 6), (2, 4, 1, 2, 6), (3, 1, 1, 2, 9)],
+    [(0, 4, 4, 4, 6), (1, 4, 4, 2, 9), (2, 4, 1, 2, 9), (3, 1, 1, 2, 6)],
 )
 def test_zero_stages_divide_what_they_should(
     stage: int, weights: float, gradients: float, states: float, sent: float
@@ -63,6 +65,43 @@ def test_zero_stages_divide_what_they_should(
     count = cost.parameters
     got = [cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes, cost.sent_bytes]
     assert [b / count for b in got] == pytest.approx([weights, gradients, states, sent], rel=1e-3)
+
+
+SENDS: dict[str, Any] = {
+    "1": {"stage": 1},
+    "1, reduced": {"stage": 1, "use_multi_rank_bucket_allreduce": False},
+    "2": {"stage": 2},
+    "3": zero(3),
+    "3, released": {**zero(3), "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
+}
+
+
+def sent_in_steps(names: list[str]) -> list[tuple[int, int]]:
+    """Of each block, what this rank sent in two steps, and what is planned for them."""
+    found = []
+    for name in names:
+        torch.manual_seed(0)
+        model = models.build("cifar:resnet_tiny", 10)
+        count = sum(p.numel() for p in model.parameters())
+        engine = build_engine(model, optim=Optim(), zero=SENDS[name], micro_batch=4)
+
+        def step(engine: Any = engine) -> None:
+            engine.backward(classification.loss(engine, (torch.randn(4, 3, 32, 32), torch.arange(4))))
+            engine.step()
+
+        step(), step()
+        with Sent() as sent:
+            step(), step()
+        found.append((sent.sent(dist.get_world_size()), 2 * sent_bytes(SENDS[name], count, count, 2)))
+        engine.destroy()
+    return found
+
+
+def test_what_is_sent_is_what_was_planned(ranks: Any) -> None:
+    """Of the paper's volumes DeepSpeed sends another one by default at every stage."""
+    for found in ranks(2).run(sent_in_steps, list(SENDS)):
+        for name, (sent, planned) in zip(SENDS, found, strict=True):
+            assert sent == pytest.approx(planned, rel=2e-3), name
 
 
 def recipe(mode: Any) -> Recipe:

@@ -200,3 +200,14 @@ def test_every_page_is_linked_from_the_readme() -> None:
 def test_every_launcher_is_listed() -> None:
     for launcher in LAUNCHERS:
         assert f"`{launcher.name}`" in PAGES[ROOT / "README.md"]
+
+
+def test_what_is_recommended_listens_to_no_other_machine() -> None:
+    """TensorBoard listens on localhost unless it is told otherwise."""
+    texts = [file.read_text() for file in (*ROOT.glob("*.md"), *ROOT.glob("slurm/*"), *ROOT.glob("launchers/*.py"))]
+    commands = [line for text in texts for line in text.splitlines() if "tensorboard --" in line]
+    assert commands
+    for words in ("--bind_all", "--host", "0.0.0.0"):
+        assert not any(words in line for line in commands)
+    sources = "".join(file.read_text() for file in (ROOT / "hetero_kt").rglob("*.py"))
+    assert not re.search(r"http\.server|socketserver|\.serve_forever|uvicorn|flask", sources), "and nothing here serves"

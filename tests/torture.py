@@ -129,7 +129,7 @@ def torture(settings: Torture, folder: Path, say: Callable[[str], None] = print)
 def _kill_once(one: Recipe, untouched: Recipe, seconds: float, moments: random.Random, tally: Tally) -> int:
     """One start and one kill, unless the run is faster; how many kills hit."""
     saved = run_folder(one) / "checkpoints"
-    before = _newest(saved)
+    before, torn = _newest(saved), _torn(saved)
     while_saving, alone = moments.random() < 0.5, moments.random() < 0.5
     victims = [moments.randrange(RANKS)] if alone else list(range(RANKS))
     with Job(one) as job:
@@ -157,7 +157,7 @@ def _kill_once(one: Recipe, untouched: Recipe, seconds: float, moments: random.R
         tally.single += 1
         tally.ended.append(time.monotonic() - began)
     after = _newest(saved)
-    tally.torn += any(not (path / "DONE").exists() for path in saved.glob("*"))
+    tally.torn += bool(_torn(saved) - torn)
     tally.unsaved += after < 0
     if after < before:
         tally.problems.append(f"checkpoint {before} was complete before the kill, and {after} is the newest after it")
@@ -168,7 +168,7 @@ def _kill_once(one: Recipe, untouched: Recipe, seconds: float, moments: random.R
             tally.problems.append(f"after a kill: {error}")
         if _done(path) != _done(run_folder(untouched) / "checkpoints" / path.name):
             tally.problems.append(f"{path} is not what the untouched run has saved at that step")
-    logged = max((line["step"] for line in _lines(run_folder(one))), default=0)
+    logged = max((line["step"] for line in lines(run_folder(one))), default=0)
     lost = max(0, logged - max(after, 0))
     tally.steps_lost.append(lost)
     if lost >= 2 * SAVE_EVERY:  # while one is written, the one before is complete
@@ -198,6 +198,11 @@ def _newest(saved: Path) -> int:
     return max((int(path.name) for path in layout.complete(saved)), default=-1)
 
 
+def _torn(saved: Path) -> set[tuple[str, int]]:
+    """Half-written checkpoints, and since when."""
+    return {(path.name, path.stat().st_mtime_ns) for path in saved.glob("*") if not (path / "DONE").exists()}
+
+
 def _done(checkpoint: Path) -> dict[str, Any]:
     """Names, sizes and checksums of all files."""
     return dict(json.loads((checkpoint / "DONE").read_text()))
@@ -207,7 +212,7 @@ def _finished(one: Recipe) -> bool:
     return (run_folder(one) / "result.json").exists()
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
+def lines(folder: Path) -> list[dict[str, Any]]:
     """Of the log, without what a kill has cut short."""
     file, found = folder / "metrics.jsonl", []
     for line in file.read_text().splitlines() if file.exists() else []:

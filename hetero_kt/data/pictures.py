@@ -27,11 +27,15 @@ from hetero_kt.data.images import ImageSet
 from hetero_kt.data.loader import fingerprint, turns
 from hetero_kt.data.mixing import Mixer
 from hetero_kt.data.order import Order
-from hetero_kt.data.workers import Stream, usable
+from hetero_kt.data.workers import Lost, Stream, usable
 
 _AUGMENT, _REPLACE = 3, 4
 _REPLACEMENTS = 32  # samples tried in a damaged one's place before the set counts as lost
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_AGAIN = (
+    "see whether its files are still there and whole, and start the same command again, which goes on from the last "
+    "complete checkpoint"
+)
 
 
 class Unreadable(ValueError):
@@ -170,7 +174,8 @@ class PictureLoader:
         if self._stream is None or self._stream.position != step:
             self.close()
             self._stream = self._open(self._train, self._task, step, None, self.global_batch // self.order.world)
-        drawn: _Drawn = next(self._stream)
+        with self._alive():
+            drawn: _Drawn = next(self._stream)
         self._waited += time.perf_counter() - started
         self._steps += 1
         self._note(drawn)
@@ -187,12 +192,20 @@ class PictureLoader:
         """
         rows = list(self.order.in_turn(batch))
         stream = self._open(self._eval, lambda k: _Task(rows[k][0], None), 0, len(rows), len(rows[0][0]))
+        wanted = sound = 0
+        reason = ""
         try:
-            for (samples_B, counts_B), drawn in zip(rows, stream, strict=True):
+            for samples_B, counts_B in rows:
+                with self._alive():
+                    drawn: _Drawn = next(stream)
                 self._note(drawn)
                 sound_B = ~np.isin(samples_B, [sample for sample, _ in drawn.bad])
+                wanted, sound = wanted + int(counts_B.sum()), sound + int((counts_B & sound_B).sum())
+                reason = reason or (drawn.bad[0][1] if drawn.bad else "")
                 weight_B = torch.from_numpy(counts_B & sound_B).float()
                 yield self._move(drawn.pictures), self._move(drawn.labels), self._move(weight_B)
+            if wanted and not sound:
+                raise Unreadable(f"{self.name}: not one sample can be read any more ({reason}): {_AGAIN}.")
         finally:
             stream.close()
 
@@ -274,8 +287,16 @@ class PictureLoader:
         if drawn.lost:
             raise Unreadable(
                 f"{self.name}: {_REPLACEMENTS} samples one after the other cannot be read ({drawn.bad[-1][1]}): "
-                "write the shards again."
+                f"{_AGAIN}."
             )
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Inside, workers that die of what they read end the run with a sentence."""
+        try:
+            yield
+        except Lost as error:
+            raise Unreadable(f"{self.name}: the processes that read it have died ({error}): {_AGAIN}.") from error
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -24,10 +24,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from hetero_kt.messages import first_line
+
 _PRELOADED = ["torch", "timm.data", "hetero_kt.data.pictures"]
 _AHEAD = 2  # batches that each worker prepares ahead
 _DEATHS = 3  # in a row; a worker that dies so often dies of its work
 _SHARED_MEMORY = Path("/dev/shm")
+
+
+class Lost(RuntimeError):
+    """Worker processes that die again and again, or cannot start."""
 
 
 class Stream:
@@ -60,7 +66,8 @@ class Stream:
         self._results: Any = None
 
     def __next__(self) -> Any:
-        """The next result; StopIteration behind the last. What `work` raises is raised here."""
+        """The next result; StopIteration behind the last. What `work` raises is raised here, and Lost where its
+        processes die of it."""
         for deaths in range(_DEATHS):
             try:
                 if self._results is None:
@@ -72,8 +79,10 @@ class Stream:
                 # A dead worker shows as either: of its queue, or of the socket behind a tensor that it has sent.
                 self.close()
                 lost = isinstance(error, OSError | EOFError) or "exited unexpectedly" in str(error)
-                if not lost or deaths == _DEATHS - 1:
+                if not lost:
                     raise
+                if deaths == _DEATHS - 1:
+                    raise Lost(first_line(error)) from error
                 self.restarts += 1
         raise AssertionError
 

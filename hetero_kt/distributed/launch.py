@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -73,6 +74,8 @@ def start(same: Mapping[str, str] | None = None) -> Ranks:
         here = ranks_here(otherwise=int(os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     if not dist.is_initialized():
+        if meeting.loopback(os.environ["MASTER_ADDR"]) and Path("/sys/class/net/lo").exists():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one machine listen for no other
         rank, world = place()
         _meeting_point.append(meeting.meet(rank, world, meeting.gpu_name(device), same or {}))
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)

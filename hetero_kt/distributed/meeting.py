@@ -27,16 +27,35 @@ _HEARD = 5.0
 
 
 def connect(host: str, port: int, *, serve: bool, seconds: float) -> dist.TCPStore:
-    """The store at the meeting point. `serve` opens it, unless torchrun's agent has."""
+    """The store at the meeting point. `serve` opens it, unless torchrun's agent has; where ranks meet on loopback it
+    listens there alone, since whoever reaches a store can write to it."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    server = serve and not agent
     return dist.TCPStore(
         host,
         port,
-        is_master=serve and not agent,
+        is_master=server,
         timeout=timedelta(seconds=seconds),
         wait_for_workers=False,
         multi_tenant=True,  # the process group opens it once more
+        master_listen_fd=_listening(host, port) if server and loopback(host) else None,
     )
+
+
+def loopback(host: str) -> bool:
+    """Whether `host` is an address of this machine that no other reaches."""
+    return host == "localhost" or host.startswith("127.")
+
+
+def _listening(host: str, port: int) -> int:
+    try:
+        with socket.socket() as opened:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.bind((host, port))
+            opened.listen(512)
+            return opened.detach()
+    except OSError as error:
+        raise RuntimeError(str(error)) from error
 
 
 def meet(rank: int, world: int, gpu: str, same: Mapping[str, str], seconds: float = 0.0) -> dist.TCPStore:
