@@ -4,7 +4,8 @@ The file `lock` says whose the folder is: host and process, and by its time, whi
 that the process is alive. (`flock` would be simpler, and is not to be relied on where folders are shared over a
 network.) A job that was killed leaves its lock behind and the next one takes it over: at once where the same host shows
 that the process is gone, after `SILENT` seconds without a touch where another host had it. So a job that is put back
-into the queue goes on wherever it starts.
+into the queue goes on wherever it starts. A job that was frozen for so long that another took its folder ends as soon
+as it wakes up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from hetero_kt.distributed.heartbeat import STATUS
 
 EVERY = 5.0
 """Seconds between two touches."""
@@ -136,8 +140,22 @@ class Lock:
     def _touch(self) -> None:
         while not self._ended.wait(EVERY):
             with contextlib.suppress(OSError):  # a file system that hesitates; the next one may succeed
-                if self._read(self.file) == self._text:
+                text = self._read(self.file)
+                if text == self._text:
                     os.utime(self.file)
+                elif text and not self._ended.is_set():
+                    self._end(_owner(text))
+
+    def _end(self, owner: dict[str, Any]) -> None:
+        """The folder is another job's: nothing more of this one may reach it."""
+        host, pid = owner.get("host", "a host unknown"), owner.get("pid", "?")
+        print(
+            f"error: {self.folder} was taken over by another job (process {pid} on {host}), which has heard nothing of "
+            f"this one for {SILENT:.0f} s: this one ends, and that one goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(STATUS)
 
     def _unmake(self) -> None:
         for path in self._made:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -25,10 +27,15 @@ from hetero_kt.cost import (
     teacher_stages,
     transfer_cost,
 )
+from hetero_kt.data.shards import INDEX, write_stand_in
 from hetero_kt.nn.stages import Stages, expose
 
 ADAPTER_BYTES = 16
 """Of a parameter: its value, gradient and AdamW's two moments; adapters are whole on every rank."""
+
+
+IMAGENET_CLASSES, IMAGENET_SAMPLES = 1000, 1_281_167
+"""What shards that are not there yet are taken for."""
 
 
 def show(recipe: Recipe, world: int, memory: float = 0.0) -> None:
@@ -37,6 +44,29 @@ def show(recipe: Recipe, world: int, memory: float = 0.0) -> None:
     Args:
         memory: of one GPU, in GiB, to compare with; 0 takes this machine's where it has any.
     """
+    with tempfile.TemporaryDirectory() as place:
+        _show(_with_shards(recipe, Path(place)), world, memory)
+
+
+def _with_shards(recipe: Recipe, place: Path) -> Recipe:
+    """`recipe` with an index in `place` for shards that nobody has written yet."""
+    missing = [
+        name
+        for name, one in recipe.data.items()
+        if one.name == "shards" and not (data.folder(one, recipe.data_dir) / "train" / INDEX).exists()
+    ]
+    if not missing:
+        return recipe
+    write_stand_in(place / "train", IMAGENET_CLASSES, IMAGENET_SAMPLES)
+    print(
+        f"The shards of {', '.join(missing)} are not there: planned for ImageNet-1K's {IMAGENET_CLASSES:,} classes and "
+        f"{IMAGENET_SAMPLES:,} pictures."
+    )
+    stood_in = {name: replace(recipe.data[name], folder=str(place)) for name in missing}
+    return replace(recipe, data={**recipe.data, **stood_in})
+
+
+def _show(recipe: Recipe, world: int, memory: float) -> None:
     modules = {
         name: parts.build_model(
             replace(m, init="", pretrained=False, xvlm=XVLM()), recipe.data[m.data], recipe.data_dir

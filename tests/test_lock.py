@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ import pytest
 import tiny
 
 from hetero_kt import lock as locks
+from hetero_kt.distributed.heartbeat import STATUS
 from hetero_kt.folder import run_folder
 from hetero_kt.lock import Lock
 
@@ -131,6 +134,25 @@ def test_of_many_that_find_a_dead_lock_one_gets_the_folder(tmp_path: Path, quick
     assert len(outcome) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
     outcome[0].release()
+
+
+def test_a_frozen_job_whose_folder_another_has_taken_ends_when_it_wakes_up(tmp_path: Path, quick: None) -> None:
+    program = HOLDS.replace("Lock(Path", "from hetero_kt import lock; lock.EVERY = 0.05; Lock(Path") + "time.sleep(60)"
+    frozen = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    file = tmp_path / "lock"
+    while not file.exists():
+        time.sleep(0.01)
+    frozen.send_signal(signal.SIGSTOP)
+    file.write_text(file.read_text().replace(socket.gethostname(), "elsewhere"))  # as if it were seen from another host
+    other = Lock(tmp_path)
+    other.take()
+    ours = file.read_text()
+    frozen.send_signal(signal.SIGCONT)
+    said = frozen.communicate(timeout=30)[1]
+    assert frozen.returncode == STATUS
+    assert "was taken over by another job (process" in said
+    assert file.read_text() == ours
+    other.release()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])

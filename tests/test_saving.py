@@ -211,6 +211,34 @@ def test_training_goes_on_while_files_are_written_and_they_hold_the_step_of_the_
         assert stalled_less
 
 
+def slowly_removed(folder: str) -> list[Any]:
+    """Trains on while an old checkpoint is still being removed; what is complete meanwhile and afterwards."""
+    learner, place, may_go_on = learner_of(), Path(folder), threading.Event()
+    real = shutil.rmtree
+
+    def waits(path: Any, *args: Any, **more: Any) -> None:
+        assert threading.current_thread().name != "pruning" or may_go_on.wait(60)
+        real(path, *args, **more)
+
+    step(learner)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", waits)
+        saving = Checkpoints(place, keep=1, device=CPU)
+        saving.save(1, {"one": learner}, {})
+        saving.finish()
+        saving.save(2, {"one": learner}, {})
+        while (written := saving.settle()) is None:
+            step(learner)
+        meanwhile = sorted(path.name for path in place.iterdir()), [path.name for path in layout.complete(place)]
+        may_go_on.set()
+        saving.finish()
+    return [written.step, *meanwhile, [path.name for path in place.iterdir()]]
+
+
+def test_training_does_not_wait_for_old_checkpoints_to_be_removed(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(1).run(slowly_removed, str(tmp_path)) == [[2, ["1", "2"], ["2"], ["2"]]]
+
+
 # --- reading ---
 
 

@@ -97,7 +97,7 @@ def open_loader(
 def classes(config: Data, data_dir: str = "") -> int:
     """Classes of a data set, known before it is read. Raises ValueError for shards without an index."""
     if config.name == "shards":
-        return len(Index(_folder(config, data_dir) / "train").classes)
+        return len(Index(folder(config, data_dir) / "train").classes)
     return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES, "imdb": 2}[config.name]
 
 
@@ -105,7 +105,7 @@ def samples(config: Data, data_dir: str = "") -> int:
     """About how many pictures a data set trains on (classes round on their own), known before it is read. Raises
     ValueError for shards without an index."""
     if config.name == "shards":
-        whole = len(Index(_folder(config, data_dir) / "train").table())
+        whole = len(Index(folder(config, data_dir) / "train").table())
     else:
         whole = {"cifar100": 50_000, "digits": 1_438, "generated": 1_600}[config.name]
     kept = round(whole * (1 - config.validation))
@@ -123,7 +123,7 @@ def _mixer(config: Data, classes: int, train: bool, seed: int, rank: int, world:
     return Mixer(config.mix, classes, config.batch // world, seed, rank)
 
 
-def _folder(config: Data, data_dir: str) -> Path:
+def folder(config: Data, data_dir: str) -> Path:
     """Where a data set's shards lie."""
     place = config.folder if os.path.isabs(config.folder) else _root(data_dir)
     return local(place, "--data-dir") / local(config.folder, "--data.NAME.folder")
@@ -133,9 +133,9 @@ def _shards(config: Data, data_dir: str, train: bool) -> Shards:
     def choose(labels: np.ndarray, classes: int) -> np.ndarray:
         return _chosen(torch.from_numpy(labels), classes, config, train).numpy()
 
-    index = Index(_folder(config, data_dir) / "train")
+    index = Index(folder(config, data_dir) / "train")
     if not train and config.validation == 0:
-        train_classes, index = index.classes, Index(_folder(config, data_dir) / "validation")
+        train_classes, index = index.classes, Index(folder(config, data_dir) / "validation")
         if index.classes != train_classes:
             raise ValueError(f"{index.folder} has other classes than the training set beside it: write both in one go.")
     return Shards(index, choose, config.corrupt)

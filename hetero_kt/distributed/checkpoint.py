@@ -61,6 +61,7 @@ class Checkpoints:
         """Step of the newest checkpoint that this run has written or begun from."""
         self._host = _Host()
         self._writing: _Writing | None = None
+        self._pruning: _Pruning | None = None
 
     def save(self, step: int, learners: Mapping[str, Learner], shared: Mapping[str, Any]) -> Written | None:
         """Begin a checkpoint of `step`, unless there is one of it already; returns the last one if it has become
@@ -72,13 +73,14 @@ class Checkpoints:
         Raises:
             UserError: this one's folder or the last one's files could not be written.
         """
-        before = self.finish()
+        before = self._finish()
         if step == self.last:
             return before
         began = time.perf_counter()
         target, rank = self.folder / str(step), dist.get_rank()
         with agreed():
             if rank == 0:
+                self._pruned()  # it would take what is begun for something torn
                 _make_room(target)
         trees: dict[str, Any] = {
             "own": {
@@ -103,14 +105,20 @@ class Checkpoints:
             return None
         busy = torch.tensor(int(self._writing.is_alive()), device=self.device)
         dist.all_reduce(busy, op=dist.ReduceOp.MAX)
-        return None if busy.item() else self.finish()
+        return None if busy.item() else self._finish()
 
     def finish(self) -> Written | None:
-        """Wait for the checkpoint that is being written and complete it. Collective.
+        """Wait for the checkpoint that is being written and complete it, and until old ones are gone. Collective.
 
         Raises:
             UserError: some rank could not write; the last complete checkpoint is as it was.
         """
+        written = self._finish()
+        with agreed():
+            self._pruned()
+        return written
+
+    def _finish(self) -> Written | None:
         if self._writing is None:
             return None
         began = time.perf_counter()
@@ -139,7 +147,30 @@ class Checkpoints:
             layout.write_done(target, len(files), {name: about for one in files for name, about in one.items()})
         except OSError as error:
             raise Unwritable(f"the checkpoint {target}", error) from error
-        layout.prune(self.folder, self.keep)
+        self._pruning = _Pruning(self.folder, self.keep)
+
+    def _pruned(self) -> None:
+        pruning, self._pruning = self._pruning, None
+        if pruning is not None:
+            pruning.join()
+            if pruning.problem is not None:
+                raise pruning.problem
+
+
+class _Pruning(threading.Thread):
+    """Removes old checkpoints, on the first rank, beside training. Starts at once."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        super().__init__(name="pruning", daemon=True)
+        self.folder, self.keep = folder, keep
+        self.problem: OSError | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            layout.prune(self.folder, self.keep)
+        except OSError as error:
+            self.problem = error
 
 
 class _Writing(threading.Thread):
