@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -188,6 +189,7 @@ def slow(folder: str) -> list[Any]:
         for _ in range(3):
             step(learner)
             looks.append((saving.settle(), layout.complete(place)))
+        time.sleep(1)  # longer than a busy machine takes for the little that is waited for
         may_go_on.set()
         saving._writing.join()  # type: ignore[union-attr]
         dist.barrier()
