@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tyro
+from measure import Collectives, synchronise
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +39,6 @@ from hetero_kt.cost import sent_bytes
 from hetero_kt.distributed import checkpoint, launch, layout
 from hetero_kt.distributed.checkpoint import Checkpoints, Written
 from hetero_kt.distributed.learner import Learner, build_learner
-from hetero_kt.distributed.traffic import Sent
 from hetero_kt.folder import commit
 from hetero_kt.options import without_local_rank
 from hetero_kt.tasks import classification
@@ -119,7 +119,7 @@ def at_stage(bench: Bench, stage: int, ranks: launch.Ranks, place: Path) -> dict
 
     learner = learner_of()
     step(learner)
-    with Sent() as sent:
+    with Collectives() as sent:
         for _ in range(bench.steps):
             step(learner)
     alone = statistics.median(step(learner) for _ in range(bench.turns))
@@ -163,22 +163,15 @@ def at_stage(bench: Bench, stage: int, ranks: launch.Ranks, place: Path) -> dict
         "seconds_written_beside_training": statistics.median(one.writing for one in ours),
         "seconds_of_deepspeeds_save_checkpoint": statistics.median(blocking),
         "seconds_per_resume": statistics.median(resumes),
-        "bytes_sent_per_step": sent.sent(ranks.world) // bench.steps,
+        "bytes_sent_per_step": sent.volume() * (ranks.world - 1) // ranks.world // bench.steps,
         "bytes_planned": sent_bytes({"stage": stage}, count, count, ranks.world),
         "bytes_in_theory": 4 * count * (3 if stage == 3 else 2) * (ranks.world - 1) // ranks.world,
         "calls_per_step": {name: calls / bench.steps for name, calls in sorted(sent.calls.items())},
-        "payload_per_step": {name: size // bench.steps for name, size in sorted(sent.payload.items())},
+        "payload_per_step": {name: size // bench.steps for name, size in sorted(sent.bytes.items())},
     }
     everybody: list[Any] = [None] * ranks.world
     dist.all_gather_object(everybody, found["stall_seconds_per_save"])
     return found | {"stall_seconds_per_save": max(everybody)}  # of the slowest rank
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device and for all ranks."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    dist.barrier()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from hetero_kt import config, data, memory, models, parts
 from hetero_kt.checks import split_site, zero_block
 from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe
 from hetero_kt.methods.fbt import connect
+from hetero_kt.models.teacher import sparing
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import build_adapter
 from hetero_kt.nn.branches import Branches
@@ -271,4 +272,4 @@ def teacher_bytes(teacher: config.Teacher, module: nn.Module, world: int) -> int
     count = sum(p.numel() for p in module.parameters())
     if not teacher.zero:
         return 4 * count
-    return 4 * (count // world + memory.whole_elements(module, zero_block(teacher.zero)))
+    return 4 * (count // world + memory.whole_elements(module, {**sparing(module), **zero_block(teacher.zero)}))

@@ -80,7 +80,7 @@ class Frozen:
 
         config = {
             "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {**_sparing(self.module), **self.zero},
+            "zero_optimization": {**sparing(self.module), **self.zero},
             "steps_per_print": 1_000_000_000,
         }
         # Called as a module, not as an engine: an engine without an optimizer refuses to be part of a backward.
@@ -120,7 +120,7 @@ class Frozen:
             return self.module(tail=feature, after=after)
 
 
-def _sparing(module: nn.Module) -> dict[str, Any]:
+def sparing(module: nn.Module) -> dict[str, Any]:
     """Of a ZeRO-3 block, unless it says otherwise: DeepSpeed's own bounds would gather most models whole. Here one
     layer is gathered ahead of the one that computes, and none stays."""
     largest = max(parameter.numel() for parameter in module.parameters())
