@@ -196,6 +196,7 @@ def losses(line: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in line.items() if key.endswith("/loss")}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_into_an_offloaded_run_and_out_of_it(ranks: Any, tmp_path: Path) -> None:
     before: Any = None
     for i, (name, world) in enumerate((("zero2", 2), ("zero3_offload", 1), ("zero1", 2))):
