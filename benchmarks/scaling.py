@@ -5,8 +5,8 @@
 
 One transfer (read, adapt, write; read again, learn) between two layers of w x w weights, of the whole matrices (`full`)
 or of factors of rank r (`factor`). Beside it stands one step of such a layer alone: forward, backward and optimizer on
-`rows` rows. The exponent p of cost ~ w^p is fitted by least squares on logarithms, from `fitted_from` on, where overhead
-no longer shows. A factor's adapter does not read B, so that r x w matrices stand for it.
+`rows` rows. The exponent p of cost ~ w^p is fitted by least squares on logarithms, from `fitted_from` on, where what is
+there at any width no longer shows. A factor's adapter does not read B, so that r x w matrices stand for it.
 
 On a CPU one thread works, and seconds are the processor's: what other work on the machine delays does not count.
 """
@@ -53,8 +53,8 @@ class Bench:
     share: float = 0.05
     """Of a step's time: what a transfer may cost."""
     turns: int = 3
-    minutes: float = 3.0
-    """A point that would not be done by then is left out."""
+    minutes: float = 3.5
+    """A point that would not be done by then is left out, and one that would take more than half of the memory."""
     fitted_from: int = 512
     json: str = ""
     """Also write the figures to this file."""
@@ -75,7 +75,7 @@ def main(bench: Bench) -> None:
             if rank and rank > width:
                 continue
             left = 60 * bench.minutes - (time.monotonic() - began)
-            if points[name] and _expected(points[name], width, bench) > left:
+            if points[name] and (_expected(points[name], width, bench) > left or not _fits(points[name], width, ranks)):
                 continue
             launch.seed_everything(0)
             build = step_of if rank is None else transfer_of
@@ -204,6 +204,15 @@ def _expected(points: Sequence[dict[str, float]], width: int, bench: Bench) -> f
     """Seconds of a point, from the one before."""
     one = points[-1]["seconds"] * (width / points[-1]["width"]) ** 2.2
     return one if one > 3 else one * (1 + bench.turns)
+
+
+def _fits(points: Sequence[dict[str, float]], width: int, ranks: launch.Ranks) -> bool:
+    if ranks.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return points[-1]["bytes"] * (width / points[-1]["width"]) ** 2 < free / 2
 
 
 def exponent(points: Sequence[dict[str, float]], what: str, first: int) -> float | None:
