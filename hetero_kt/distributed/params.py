@@ -20,8 +20,8 @@ from deepspeed.utils import (
     safe_get_full_grad,
     safe_get_local_fp32_param,
     safe_get_local_grad,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -111,13 +111,16 @@ def read(weights: Sequence[Weight], traffic: Traffic | None = None) -> list[Tens
 
 
 @torch.no_grad()
-def write(weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "keep") -> None:
+def write(
+    weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "keep", where: Tensor | None = None
+) -> None:
     """Set `weights` to `values` (whole, equal on every rank) in both copies; no communication.
 
     Give fp32 values also for bf16 weights: the master keeps them as they are, the copy for forward rounds them.
 
     Args:
         moments: `keep` leaves the optimizer's state of a written weight as it is; `reset` zeroes it.
+        where: a boolean scalar on the device: false keeps what `reset` would zero, without the host's looking.
     """
     for weight, value in zip(weights, values, strict=True):
         parameter = weight.parameter
@@ -137,7 +140,7 @@ def write(weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "k
             if hasattr(parameter, "_hp_mapping"):
                 safe_set_full_fp32_param(parameter, value.float())
         if moments == "reset":
-            _reset_moments(weight)
+            _reset_moments(weight, where)
 
 
 @torch.no_grad()
@@ -240,18 +243,24 @@ def _device_of(parameter: Any) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _reset_moments(weight: Weight) -> None:
+def _reset_moments(weight: Weight, where: Tensor | None) -> None:
     parameter = weight.parameter
+
+    def zeroed(state: Tensor) -> Tensor:
+        return torch.zeros_like(state) if where is None else torch.where(where.to(state.device), 0.0, state)
+
     if _partitioned(parameter):
         optimizer = parameter._z3_optimizer
         group, *_ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         state = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
         for key in _moments(state):
-            safe_set_local_optimizer_state(parameter, torch.zeros_like(parameter.ds_tensor, dtype=torch.float32), key)
+            now = safe_get_local_optimizer_state(parameter, key)
+            safe_set_local_optimizer_state(parameter, zeroed(now), key)
     elif hasattr(parameter, "_hp_mapping"):
         mapping = parameter._hp_mapping
         for key in mapping.get_optim_state_keys() if mapping is not None else []:
-            safe_set_full_optimizer_state(parameter, torch.zeros_like(parameter, dtype=torch.float32), key)
+            fragment = mapping.get_hp_fragment(key)
+            fragment.copy_(zeroed(fragment))
     else:
         owner = weight.owner
         optimizer = owner.optimizer if isinstance(owner, DeepSpeedEngine) else weight.optimizer
@@ -259,7 +268,7 @@ def _reset_moments(weight: Weight) -> None:
             raise ValueError("moments='reset' on a plain module needs its optimizer: Site(..., optimizer=...).")
         state = optimizer.state.get(parameter, {})
         for key in _moments(state):
-            state[key].zero_()
+            state[key].copy_(zeroed(state[key]))
 
 
 def _moments(state: dict[str, Any]) -> list[str]:

@@ -102,8 +102,9 @@ class Exchange:
                 value = whole[parameter]
                 for path in paths:  # the thirds of one fused projection may each be a target
                     value = path.written(value)
-                resets = any(path.transfer.moments == "reset" and bool(path.finite) for path in paths)
-                params.write([paths[0].target.weight], [value], "reset" if resets else "keep")
+                written = [path.finite for path in paths if path.transfer.moments == "reset"]
+                resets = torch.stack(written).any() if written else None
+                params.write([paths[0].target.weight], [value], "reset" if written else "keep", resets)
         self._spent = time.perf_counter() - started
 
     def observe(self) -> None:
