@@ -35,7 +35,7 @@ class Counts:
     reads: int = 0
     """Of a tensor by the host, that this project asks for."""
     operators: int = 0
-    """Calls of ATen in what is watched: a transfer, or an objective's terms."""
+    """Calls of ATen in what is watched, a transfer or an objective's terms, but for views."""
     nodes: int = 0
     """Of the graph behind what is watched."""
     deepspeed: int = 0
@@ -55,7 +55,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self._collective(func.__name__, args)
-        elif self.watching:
+        elif self.watching and not func.is_view:
             self.counts.operators += 1
         return func(*args, **(kwargs or {}))
 

@@ -20,10 +20,12 @@ from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.options import Options
 from hetero_kt.trainer import Trainer
 
-QUIET, ONE, INTERVAL, MUTUAL = 1, 2, 3, 6
-"""Steps of a run of 8: without a transfer; with one; with the other, and the end of an interval of the log; with both.
-The first step is left out: DeepSpeed makes what it lacks, and a sensitivity is measured."""
+ONE, INTERVAL, QUIET, MUTUAL = 2, 3, 5, 6
+"""Steps of a run of 8: with one transfer; with the other, and the end of an interval of the log; with none; with both.
+The first two are left out: ZeRO-3 learns its order in them, and a sensitivity is measured in the first."""
 COUNTED_WITH = "torch 2.15.0, deepspeed 0.19.8, timm 1.0.31"
+OURS_ALONE = ("collectives", "bytes", "reads")
+"""What is compared with other versions too."""
 
 
 def counted(recipe: Recipe) -> list[dict[str, Any]]:
@@ -85,50 +87,50 @@ class Known:
 
 KNOWN: dict[tuple[str, int], dict[int, Known]] = {
     ("mergenet", 1): {
+        ONE: Known(collectives=1, bytes=2308, reads=1, operators=583, nodes=308, deepspeed=6),
+        INTERVAL: Known(collectives=3, bytes=6932, reads=4, operators=697, nodes=308, deepspeed=6),
         QUIET: Known(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=6),
-        ONE: Known(collectives=1, bytes=2308, reads=1, operators=1718, nodes=308, deepspeed=6),
-        INTERVAL: Known(collectives=3, bytes=6932, reads=4, operators=1936, nodes=308, deepspeed=6),
-        MUTUAL: Known(collectives=1, bytes=9224, reads=2, operators=3646, nodes=616, deepspeed=6),
+        MUTUAL: Known(collectives=1, bytes=9224, reads=2, operators=1278, nodes=616, deepspeed=6),
     },
     ("mergenet", 2): {
+        ONE: Known(collectives=1, bytes=2308, reads=1, operators=583, nodes=308, deepspeed=6),
+        INTERVAL: Known(collectives=3, bytes=6932, reads=4, operators=697, nodes=308, deepspeed=6),
         QUIET: Known(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=6),
-        ONE: Known(collectives=1, bytes=2308, reads=1, operators=1718, nodes=308, deepspeed=6),
-        INTERVAL: Known(collectives=3, bytes=6932, reads=4, operators=1936, nodes=308, deepspeed=6),
-        MUTUAL: Known(collectives=1, bytes=9224, reads=2, operators=3646, nodes=616, deepspeed=6),
+        MUTUAL: Known(collectives=1, bytes=9224, reads=2, operators=1278, nodes=616, deepspeed=6),
     },
     ("mergenet", 3): {
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=18),
-        ONE: Known(collectives=3, bytes=8452, reads=1, operators=1609, nodes=272, deepspeed=6),
-        INTERVAL: Known(collectives=5, bytes=24852, reads=4, operators=1827, nodes=272, deepspeed=6),
-        MUTUAL: Known(collectives=3, bytes=33288, reads=2, operators=3429, nodes=544, deepspeed=6),
+        ONE: Known(collectives=3, bytes=8452, reads=1, operators=592, nodes=272, deepspeed=6),
+        INTERVAL: Known(collectives=5, bytes=24852, reads=4, operators=706, nodes=272, deepspeed=6),
+        QUIET: Known(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=6),
+        MUTUAL: Known(collectives=3, bytes=33288, reads=2, operators=1297, nodes=544, deepspeed=6),
     },
     ("fbt", 1): {
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=662, nodes=310, deepspeed=8),
-        INTERVAL: Known(collectives=2, bytes=40, reads=2, operators=662, nodes=310, deepspeed=8),
+        INTERVAL: Known(collectives=2, bytes=40, reads=2, operators=382, nodes=310, deepspeed=8),
+        QUIET: Known(collectives=0, bytes=0, reads=0, operators=382, nodes=310, deepspeed=8),
     },
     ("fbt", 2): {
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=662, nodes=310, deepspeed=8),
-        INTERVAL: Known(collectives=2, bytes=40, reads=2, operators=662, nodes=310, deepspeed=8),
+        INTERVAL: Known(collectives=2, bytes=40, reads=2, operators=382, nodes=310, deepspeed=8),
+        QUIET: Known(collectives=0, bytes=0, reads=0, operators=382, nodes=310, deepspeed=8),
     },
     ("fbt", 3): {
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=1693, nodes=461, deepspeed=57),
-        INTERVAL: Known(collectives=2, bytes=40, reads=2, operators=1411, nodes=461, deepspeed=51),
+        INTERVAL: Known(collectives=2, bytes=40, reads=2, operators=531, nodes=460, deepspeed=17),
+        QUIET: Known(collectives=0, bytes=0, reads=0, operators=531, nodes=460, deepspeed=17),
     },
     ("kd", 1): {
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=380, nodes=91, deepspeed=3),
-        INTERVAL: Known(collectives=2, bytes=20, reads=2, operators=380, nodes=91, deepspeed=3),
+        INTERVAL: Known(collectives=2, bytes=20, reads=2, operators=213, nodes=91, deepspeed=3),
+        QUIET: Known(collectives=0, bytes=0, reads=0, operators=213, nodes=91, deepspeed=3),
     },
     ("kd", 3): {
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=948, nodes=204, deepspeed=9),
-        INTERVAL: Known(collectives=2, bytes=20, reads=2, operators=668, nodes=204, deepspeed=3),
+        INTERVAL: Known(collectives=2, bytes=20, reads=2, operators=269, nodes=204, deepspeed=3),
+        QUIET: Known(collectives=0, bytes=0, reads=0, operators=269, nodes=204, deepspeed=3),
     },
     ("none", 1): {
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=79, nodes=83, deepspeed=3),
-        INTERVAL: Known(collectives=2, bytes=16, reads=2, operators=79, nodes=83, deepspeed=3),
+        INTERVAL: Known(collectives=2, bytes=16, reads=2, operators=67, nodes=83, deepspeed=3),
+        QUIET: Known(collectives=0, bytes=0, reads=0, operators=67, nodes=83, deepspeed=3),
     },
     ("none", 3): {
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=631, nodes=196, deepspeed=9),
-        INTERVAL: Known(collectives=2, bytes=16, reads=2, operators=351, nodes=196, deepspeed=3),
+        INTERVAL: Known(collectives=2, bytes=16, reads=2, operators=107, nodes=196, deepspeed=3),
+        QUIET: Known(collectives=0, bytes=0, reads=0, operators=107, nodes=196, deepspeed=3),
     },
 }
 
@@ -139,7 +141,10 @@ def test_a_step_costs_what_was_known(ranks: Any, tmp_path: Path, method: str, st
     told = []
     for step, known in KNOWN[method, stage].items():
         now = {count: max(of_rank[step][count] for of_rank in found) for count in dataclasses.asdict(known)}
-        changed = {count: was for count, was in dataclasses.asdict(known).items() if now[count] != was}
+        compared = now if versions() == COUNTED_WITH else OURS_ALONE
+        changed = {
+            count: was for count, was in dataclasses.asdict(known).items() if count in compared and now[count] != was
+        }
         if changed:
             figures = ", ".join(f"{now[c]} {c}, last known {was} ({now[c] - was:+d})" for c, was in changed.items())
             places = "; ".join(sorted(set(found[0][step]["places"]))) or "nowhere"

@@ -175,6 +175,38 @@ def test_a_read_of_two_engines_is_one_gather_of_no_more_than_was_asked_for(
             assert (traffic.gathers, traffic.bytes) == (0, 0)
 
 
+def rows_of(rank: int) -> Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
+
+
+def gradients_of_both(stage: int, precision: str) -> tuple[list[Tensor], list[Tensor], Traffic]:
+    """As the engines have them, and as the mean of the ranks' by plain PyTorch."""
+    engines = [engine_of(stage, precision), engine_of(stage, precision)]
+    for engine in engines:
+        rows = rows_of(dist.get_rank()).to(next(engine.module.parameters()).dtype)
+        engine.backward(engine(rows).float().square().mean())
+    traffic = Traffic()
+    weights = [Weight(engines[0], engines[0].module.first.weight), Weight(engines[1], engines[1].module.second.weight)]
+    found = params.gradients(weights, traffic)
+    torch.manual_seed(1)
+    model = Odd()
+    losses = [model(rows_of(rank)).square().mean() for rank in range(dist.get_world_size())]
+    expected = torch.autograd.grad(torch.stack(losses).mean(), (model.first.weight, model.second.weight))
+    for engine in engines:
+        engine.destroy()
+    return found, list(expected), traffic
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_gradients_of_two_engines_are_one_gather(ranks: Any, stage: int, precision: str) -> None:
+    for found, expected, traffic in ranks(2).run(gradients_of_both, stage, precision):
+        for gradient, right in zip(found, expected, strict=True):
+            assert gradient.dtype == torch.float32
+            tolerance = {"rtol": 0.05, "atol": 0.02} if precision == "bf16" else {}
+            torch.testing.assert_close(gradient, right, **tolerance)
+        assert traffic.gathers == (1 if stage else 0)
+
+
 def refusals() -> list[str]:
     said = []
     try:

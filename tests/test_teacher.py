@@ -139,6 +139,22 @@ def test_it_is_the_same_to_the_bit_after_steps_and_has_no_gradient() -> None:
     assert not teacher(torch.randn(2, 3, SIZE, SIZE))["logits"].requires_grad
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_its_convolutions_lie_channels_last_and_say_the_same(channels_last: bool) -> None:
+    module = model()
+    teacher, plain = frozen(copy.deepcopy(module)), frozen(copy.deepcopy(module))
+    teacher.start()
+    four = [p for p in teacher.module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert four
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in four)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    pixels = torch.randn(4, 3, SIZE, SIZE).contiguous(memory_format=form)
+    ours, theirs = teacher(pixels), plain(pixels)
+    for one, other in zip([*ours["stages"], ours["logits"]], [*theirs["stages"], theirs["logits"]], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert teacher.checksum == plain.checksum
+
+
 def in_pieces() -> dict[str, Any]:
     module = model()
     whole = frozen(copy.deepcopy(module))

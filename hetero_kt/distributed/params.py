@@ -19,8 +19,9 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_full_grad,
     safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -98,22 +99,28 @@ def read(weights: Sequence[Weight], traffic: Traffic | None = None) -> list[Tens
         else:
             values[i] = parameter.detach().float().clone()
     if sharded:
-        for i, value in zip(sharded, _gather([weights[i].parameter for i in sharded], traffic), strict=True):
+        parameters = [weights[i].parameter for i in sharded]
+        for i, value in zip(sharded, _gather(parameters, list(map(_own, parameters)), traffic), strict=True):
             values[i] = value
     if mastered:
-        for i, value in zip(mastered, _gather_masters([weights[i].parameter for i in mastered], traffic), strict=True):
+        parameters = [weights[i].parameter for i in mastered]
+        fragments = [p._hp_mapping and p._hp_mapping.get_hp_fragment() for p in parameters]
+        for i, value in zip(mastered, _reduce(parameters, fragments, traffic), strict=True):
             values[i] = value
     return values  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def write(weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "keep") -> None:
+def write(
+    weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "keep", where: Tensor | None = None
+) -> None:
     """Set `weights` to `values` (whole, equal on every rank) in both copies; no communication.
 
     Give fp32 values also for bf16 weights: the master keeps them as they are, the copy for forward rounds them.
 
     Args:
         moments: `keep` leaves the optimizer's state of a written weight as it is; `reset` zeroes it.
+        where: a boolean scalar on the device: false keeps what `reset` would zero, without the host's looking.
     """
     for weight, value in zip(weights, values, strict=True):
         parameter = weight.parameter
@@ -133,42 +140,64 @@ def write(weights: Sequence[Weight], values: Sequence[Tensor], moments: str = "k
             if hasattr(parameter, "_hp_mapping"):
                 safe_set_full_fp32_param(parameter, value.float())
         if moments == "reset":
-            _reset_moments(weight)
+            _reset_moments(weight, where)
 
 
 @torch.no_grad()
 def gradients(weights: Sequence[Weight], traffic: Traffic | None = None) -> list[Tensor]:
-    """Whole gradients of `weights`, averaged over ranks; between the last backward and the step. Collective."""
-    result = []
-    for weight in weights:
+    """Whole gradients of `weights`, averaged over ranks; between the last backward and the step. Collective; one gather
+    for all of them."""
+    found: list[Tensor | None] = [None] * len(weights)
+    sharded, mastered = [], []
+    for i, weight in enumerate(weights):
         parameter = weight.parameter
         # DeepSpeed hands out a partial gradient where .grad is still there, so the reduced one is asked for by name.
         if _partitioned(parameter):
-            gradient = parameter._z3_optimizer.get_fp32_grad_for_param(parameter)
+            sharded.append(i)
         elif hasattr(parameter, "_hp_mapping"):
-            gradient = parameter.get_full_hp_grad()
+            mastered.append(i)
         else:
-            gradient = safe_get_full_grad(parameter)
-        if gradient is None:
-            raise RuntimeError("no gradient to observe: call observe() after backward and before step.")
-        if traffic is not None and (_partitioned(parameter) or hasattr(parameter, "_hp_mapping")):
-            traffic.gathers += 1
-            traffic.bytes += gradient.numel() * gradient.element_size()
-        result.append(gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)).clone())
-    return result
+            found[i] = safe_get_full_grad(parameter)
+    if sharded:
+        parameters = [weights[i].parameter for i in sharded]
+        for i, value in zip(
+            sharded, _gather(parameters, list(map(safe_get_local_grad, parameters)), traffic), strict=True
+        ):
+            found[i] = value
+    if mastered:
+        parameters = [weights[i].parameter for i in mastered]
+        for i, value in zip(mastered, _reduce(parameters, list(map(_own_gradient, parameters)), traffic), strict=True):
+            found[i] = value
+    if any(gradient is None for gradient in found):
+        raise RuntimeError("no gradient to observe: call observe() after backward and before step.")
+    return [g.detach().to(torch.promote_types(g.dtype, torch.float32)).clone() for g in found if g is not None]
 
 
 def _partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def _gather(parameters: list[Any], traffic: Traffic | None) -> list[Tensor]:
+def _own(parameter: Any) -> Tensor:
+    """This rank's piece of a ZeRO-3 weight, of its fp32 master where it has one."""
+    master = parameter.dtype != torch.float32 and parameter.requires_grad
+    return safe_get_local_fp32_param(parameter) if master else parameter.ds_tensor
+
+
+def _own_gradient(parameter: Any) -> Tensor | None:
+    """This rank's fragment of a ZeRO-1/2 gradient; None where it has none."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    fragment = mapping.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
+    if fragment.numel() == parameter.numel():  # bf16 accumulates all of it on every rank
+        address = mapping.lp_fragment_address
+        fragment = fragment.narrow(0, address.start, address.numel)
+    return fragment
+
+
+def _gather(parameters: list[Any], own: list[Tensor], traffic: Traffic | None) -> list[Tensor]:
     """ZeRO-3 pieces -> whole fp32 tensors, in one all-gather."""
-    pieces = []
-    for parameter in parameters:
-        master = parameter.dtype != torch.float32 and parameter.requires_grad
-        piece = safe_get_local_fp32_param(parameter) if master else parameter.ds_tensor
-        pieces.append(piece.detach().reshape(-1).float())
+    pieces = [piece.detach().reshape(-1).float() for piece in own]
     group = parameters[0].ds_process_group
     mine = torch.cat([piece.to(torch.device(_device_of(parameters[0]))) for piece in pieces])
     everything = mine.new_empty((dist.get_world_size(group), mine.numel()))
@@ -184,16 +213,14 @@ def _gather(parameters: list[Any], traffic: Traffic | None) -> list[Tensor]:
     return whole
 
 
-def _gather_masters(parameters: list[Any], traffic: Traffic | None) -> list[Tensor]:
-    """ZeRO-1/2 fp32 masters, of which each rank owns a fragment, in one all-reduce."""
+def _reduce(parameters: list[Any], own: list[Tensor | None], traffic: Traffic | None) -> list[Tensor]:
+    """What ZeRO-1/2 keeps in fp32, of which each rank owns a fragment -> whole tensors, in one all-reduce."""
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     start = 0
-    for parameter in parameters:
-        mapping = parameter._hp_mapping
-        if mapping is not None:
-            address = mapping.lp_fragment_address
-            own = flat.narrow(0, start + address.start, address.numel)
-            own.copy_(mapping.get_hp_fragment())
+    for parameter, fragment in zip(parameters, own, strict=True):
+        if fragment is not None:
+            address = parameter._hp_mapping.lp_fragment_address
+            flat.narrow(0, start + address.start, address.numel).copy_(fragment.reshape(-1))
         start += parameter.numel()
     dist.all_reduce(flat, group=parameters[0]._dp_group)
     if traffic is not None:
@@ -216,18 +243,24 @@ def _device_of(parameter: Any) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _reset_moments(weight: Weight) -> None:
+def _reset_moments(weight: Weight, where: Tensor | None) -> None:
     parameter = weight.parameter
+
+    def zeroed(state: Tensor) -> Tensor:
+        return torch.zeros_like(state) if where is None else torch.where(where.to(state.device), 0.0, state)
+
     if _partitioned(parameter):
         optimizer = parameter._z3_optimizer
         group, *_ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         state = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
         for key in _moments(state):
-            safe_set_local_optimizer_state(parameter, torch.zeros_like(parameter.ds_tensor, dtype=torch.float32), key)
+            now = safe_get_local_optimizer_state(parameter, key)
+            safe_set_local_optimizer_state(parameter, zeroed(now), key)
     elif hasattr(parameter, "_hp_mapping"):
         mapping = parameter._hp_mapping
         for key in mapping.get_optim_state_keys() if mapping is not None else []:
-            safe_set_full_optimizer_state(parameter, torch.zeros_like(parameter, dtype=torch.float32), key)
+            fragment = mapping.get_hp_fragment(key)
+            fragment.copy_(zeroed(fragment))
     else:
         owner = weight.owner
         optimizer = owner.optimizer if isinstance(owner, DeepSpeedEngine) else weight.optimizer
@@ -235,7 +268,7 @@ def _reset_moments(weight: Weight) -> None:
             raise ValueError("moments='reset' on a plain module needs its optimizer: Site(..., optimizer=...).")
         state = optimizer.state.get(parameter, {})
         for key in _moments(state):
-            state[key].zero_()
+            state[key].copy_(zeroed(state[key]))
 
 
 def _moments(state: dict[str, Any]) -> list[str]:

@@ -71,7 +71,7 @@ class Frozen:
     def start(self) -> None:
         """Take its place on the device, or over the ranks, unless it has. Collective."""
         if self.zero is None:
-            # Convolutions are faster so, on CPUs too; in pieces, weights have no layout.
+            # As pictures come from workers: no convolution turns its input. In pieces, weights have no layout.
             self.module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             return
         if self.engine is not None:
