@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import tyro
-from measure import Figure, absent, about, cells, draw, read, show
+from measure import Figure, about, absent, cells, draw, read, show
 
 HERE = Path(__file__).resolve().parent
-LIMIT = 600
+LIMIT = 1200
 """Seconds after which a part is given up."""
 
 
@@ -36,40 +36,33 @@ class Part:
     script: str
     quick: tuple[str, ...] = ()
     """Options with which it takes seconds."""
-    options: tuple[str, ...] = ()
     ranks: int = 1
 
 
-SMALL = ("--source", "cifar:resnet_tiny", "--target", "cifar:mobilenetv2_tiny")
+def _options(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+TINY = "--source cifar:resnet_tiny --target cifar:mobilenetv2_tiny --rank 4"
 PARTS = {
     "exchange": Part(
         "exchange.py",
-        (
-            *SMALL,
-            "--turns",
-            "1",
-            "--batch",
-            "2",
-            "--rank",
-            "4",
-            "--source-weights",
-            "fc.weight",
-            "layer4.0.conv1.weight",
-        )
-        + ("--target-weights", "blocks.2.1.conv_pwl.weight", "classifier.weight"),
+        _options(
+            f"{TINY} --source-weights fc.weight layer4.0.conv1.weight --turns 1 --batch 2"
+            " --target-weights blocks.2.1.conv_pwl.weight classifier.weight"
+        ),
     ),
-    "loop": Part("loop.py", ("--model", "cifar:resnet_tiny", "--batch", "4", "--segment", "4", "--turns", "2")),
-    "fbt": Part("fbt.py", ("--turns", "1", "--batch", "2", "--pairs", "resnet18:deit_tiny_patch16_224")),
-    "kd": Part("kd.py", ("--turns", "1", "--batch", "2")),
+    "loop": Part("loop.py", _options("--model cifar:resnet_tiny --batch 4 --segment 4 --turns 2")),
+    "fbt": Part("fbt.py", _options("--turns 1 --batch 2 --pairs resnet18:deit_tiny_patch16_224")),
+    "kd": Part("kd.py", _options("--turns 1 --batch 2")),
     "sharding": Part(
         "sharding.py",
-        (*SMALL, "--target-weight", "blocks.2.1.conv_pwl.weight", "--rank", "4")
-        + ("--teacher", "timm:deit_tiny_patch16_224"),
+        _options(f"{TINY} --target-weight blocks.2.1.conv_pwl.weight --teacher timm:deit_tiny_patch16_224"),
         ranks=2,
     ),
-    "pipeline": Part("pipeline.py", ("--turns", "1", "--small", "64", "--large", "8", "--batch", "4")),
-    "startup": Part("startup.py", ("--turns", "1")),
-    "xvlm": Part("xvlm.py", ("--turns", "1", "--batch", "2")),
+    "pipeline": Part("pipeline.py", _options("--turns 1 --small 64 --large 8 --batch 4")),
+    "startup": Part("startup.py", _options("--turns 1")),
+    "xvlm": Part("xvlm.py", _options("--turns 1 --batch 2")),
 }
 
 
@@ -130,7 +123,7 @@ def _run(name: str, part: Part, quick: bool, file: Path) -> tuple[list[Figure], 
             env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     cores = os.cpu_count() or 1
     env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // part.ranks))
-    command += [str(HERE / part.script), "--json", str(file), *(part.quick if quick else part.options)]
+    command += [str(HERE / part.script), "--json", str(file), *(part.quick if quick else ())]
     file.unlink(missing_ok=True)
     print(f"{name} ...", flush=True)
     try:

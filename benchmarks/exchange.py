@@ -45,7 +45,7 @@ class Bench:
     batch: int = 0
     """Rows per rank; 0 takes 128 on a GPU and 16 on a CPU."""
     cycle: int = 4
-    turns: int = 7
+    turns: int = 5
     stage: int = 1
     rank: int = 16
     json: str = ""

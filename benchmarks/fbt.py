@@ -49,7 +49,7 @@ class Bench:
     """student:teacher, timm's names."""
     batch: int = 0
     """Rows per rank; 0 takes 128 on a GPU and 4 on a CPU."""
-    turns: int = 7
+    turns: int = 5
     stage: int = 1
     json: str = ""
     """Also write the figures to this file."""
