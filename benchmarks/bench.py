@@ -71,7 +71,7 @@ class Bench:
     """Options of all benchmarks."""
 
     only: tuple[str, ...] = tuple(PARTS)
-    """Parts to run."""
+    """Parts to run; of the others, the table has what lies in `out` from before."""
     quick: bool = False
     """Tiny models, one turn: to see that everything runs."""
     out: str = "runs/bench"
@@ -88,15 +88,22 @@ def main(bench: Bench) -> None:
     started = time.perf_counter()
     figures: list[Figure] = []
     parts: dict[str, Any] = {}
-    for name in bench.only:
-        begun = time.perf_counter()
-        found, parts[name] = _run(name, PARTS[name], bench.quick, out / f"{name}.json")
-        parts[name]["took"] = round(time.perf_counter() - begun, 1)
+    for name, part in PARTS.items():
+        file = out / f"{name}.json"
+        if name in bench.only:
+            found, parts[name] = _run(name, part, bench.quick, file)
+        elif file.is_file():
+            found, parts[name] = read(file)
+        else:
+            continue
         figures += found
     where = {**about(), "took": round(time.perf_counter() - started, 1)}
-    title = f"{where['device']}, {where['machine']}, commit {where['commit']}, {where['took']:.0f} s"
+    commits = sorted({part["commit"] for part in parts.values() if "commit" in part})
+    title = f"{where['device']}, {where['machine']}, commit {' and '.join(commits)}"
     rows = [dataclasses.asdict(one) | {"value": one.value if one.value == one.value else None} for one in figures]
-    (out / "bench.json").write_text(json.dumps({**where, "figures": rows, "parts": parts}, indent=1) + "\n")
+    (out / "bench.json").write_text(
+        json.dumps({**where, "figures": rows, "parts": {k: _behind(v) for k, v in parts.items()}}, indent=1) + "\n"
+    )
     with (out / "bench.txt").open("w") as file:
         show(title, figures, file=file)
     draw(figures, out / "bench.png", title)
@@ -113,6 +120,10 @@ def main(bench: Bench) -> None:
         raise SystemExit(f"did not end well: {', '.join(failed)}")
 
 
+def _behind(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in ("figures", "versions", "machine", "python")}
+
+
 def _run(name: str, part: Part, quick: bool, file: Path) -> tuple[list[Figure], dict[str, Any]]:
     """One part in processes of its own: its figures, and what else its file says."""
     command = [sys.executable]
@@ -126,6 +137,7 @@ def _run(name: str, part: Part, quick: bool, file: Path) -> tuple[list[Figure], 
     command += [str(HERE / part.script), "--json", str(file), *(part.quick if quick else ())]
     file.unlink(missing_ok=True)
     print(f"{name} ...", flush=True)
+    begun = time.perf_counter()
     try:
         ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
         error = ended.stderr[-3000:] if ended.returncode else ""
@@ -136,7 +148,9 @@ def _run(name: str, part: Part, quick: bool, file: Path) -> tuple[list[Figure], 
         return [absent(f"{name}: did not end well", "", None, error.strip().splitlines()[-1])], {"error": error}
     figures, content = read(file)
     show(content["title"], figures)
-    return figures, {key: value for key, value in content.items() if key not in ("figures", "versions", "machine")}
+    content["took"] = round(time.perf_counter() - begun, 1)
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    return figures, content
 
 
 if __name__ == "__main__":

@@ -113,6 +113,15 @@ def test_a_part_that_fails_is_a_row_and_an_error(tmp_path: Path, monkeypatch: py
     assert "no_such_file.py" in row["note"]
 
 
+def test_parts_that_are_not_run_again_keep_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report("before", [Figure("step", 1.5, "x", "theirs")], str(tmp_path / "kept.json"))
+    monkeypatch.setattr(bench, "PARTS", {"kept": bench.Part("kept.py"), "odd": bench.Part("no_such_file.py")})
+    with pytest.raises(SystemExit):
+        bench.main(bench.Bench(only=("odd",), out=str(tmp_path)))
+    rows = json.loads((tmp_path / "bench.json").read_text())["figures"]
+    assert [row["what"] for row in rows] == ["step", "odd: did not end well"]
+
+
 def test_an_unknown_part_is_one_sentence_that_names_the_others(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--only exchanges is no part: use any of exchange, loop"):
         bench.main(bench.Bench(only=("exchanges",), out=str(tmp_path)))
