@@ -104,8 +104,8 @@ def main(bench: Bench) -> None:
     (out / "bench.json").write_text(
         json.dumps({**where, "figures": rows, "parts": {k: _behind(v) for k, v in parts.items()}}, indent=1) + "\n"
     )
-    with (out / "bench.txt").open("w") as file:
-        show(title, figures, file=file)
+    with (out / "bench.txt").open("w") as text:
+        show(title, figures, file=text)
     draw(figures, out / "bench.png", title)
     print()
     show(title, figures)
