@@ -105,7 +105,7 @@ def main(bench: Bench) -> None:
             )
         )
     shape = {"pair": list(weights), "rows": rows, "cycle": bench.cycle, "stage": bench.stage}
-    report(f"transfer, ZeRO-{bench.stage}, {ranks.world} rank(s)", figures, bench.json, seconds=turns.seconds, **shape)
+    report(f"transfer, ZeRO-{bench.stage}, {ranks.world} rank(s)", figures, bench.json, seconds=turns.raw(), **shape)
     dist.destroy_process_group()
 
 

@@ -147,7 +147,7 @@ def measure(bench: Bench, pair: str, ranks: launch.Ranks) -> tuple[list[Figure],
             note=f"{ours / 2**20:.0f} MiB beyond the floor's peak, OFA's branches {added.branches / 1e6:.2f}M",
         ),
     ]
-    return figures, {"rows": rows, "seconds": turns.seconds, "peak_bytes": peaks}
+    return figures, {"rows": rows, "seconds": turns.raw(), "peak_bytes": peaks}
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def main(bench: Bench) -> None:
         pulse.long("leaving")
     what = f"training loop, {name.partition(':')[2]}, {rows} rows"
     figure = turns.ratio(what, "trainer", "bare", f"bare DeepSpeed loop, {bench.segment} steps", AIM)
-    report(f"training loop, {ranks.world} rank(s)", [figure], bench.json, seconds=turns.seconds)
+    report(f"training loop, {ranks.world} rank(s)", [figure], bench.json, seconds=turns.raw())
     dist.destroy_process_group()
 
 

@@ -27,17 +27,21 @@ def test_sides_take_turns_and_their_ratio_is_the_median_of_the_turns() -> None:
     turns = Turns(CPU).take({"slow": lambda: order.append("slow"), "fast": lambda: order.append("fast")}, 3, warm=1)
     assert order[2:] == ["slow", "fast", "fast", "slow", "slow", "fast"]
     assert [len(times) for times in turns.seconds.values()] == [3, 3]
-    turns.seconds = {"slow": [2.0, 40.0, 3.0], "fast": [1.0, 10.0, 1.0]}  # a machine that was busy once
-    turns.processor = {"slow": [2.0, 2.0, 2.0], "fast": [1.0, 1.0, 1.0]}
+    turns.processor |= {"slow": [2.0, 4.0, 3.0], "fast": [1.0, 1.0, 1.0]}
+    turns.wall |= {"slow": [4.0, 80.0, 6.0], "fast": [1.0, 10.0, 1.0]}  # other work on the machine
     figure = turns.ratio("what", "slow", "fast", "the fast one", aim=3.5)
-    assert (figure.value, figure.low, figure.high, figure.processor) == (3.0, 2.5, 3.5, 2.0)
+    assert (figure.value, figure.low, figure.high, figure.wall) == (3.0, 2.5, 3.5, 6.0)
     assert figure.beside == "the fast one, 1.00 s"
+    elsewhere = Turns(CPU, elsewhere=True)
+    elsewhere.wall |= turns.wall
+    figure = elsewhere.ratio("what", "slow", "fast", "the fast one")
+    assert (figure.value, figure.wall) == (6.0, None)
 
 
 def test_a_turn_is_timed_with_all_that_it_does() -> None:
     turns = Turns(CPU).take({"sleeps": lambda: time.sleep(0.05)}, 2, warm=0)
-    assert min(turns.seconds["sleeps"]) >= 0.05
-    assert max(turns.processor["sleeps"]) < 0.05
+    assert min(turns.wall["sleeps"]) >= 0.05
+    assert max(turns.seconds["sleeps"]) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_peak_memory_is_what_was_held_at_once() -> None:
 
 def test_a_table_goes_to_a_file_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = [
-        Figure("step, ours", 1.25, "x", "theirs, 3.0 ms", 1.2, low=1.2, high=1.3, processor=1.1, note="four rows"),
+        Figure("step, ours", 1.25, "x", "theirs, 3.0 ms", 1.2, low=1.2, high=1.3, wall=1.1, note="four rows"),
         Figure("gathered", 466_944, "B", "fewest", 466_944, exact=True),
         absent("beside a peer", "peer", 1.0, "not installed"),
     ]
