@@ -73,7 +73,7 @@ class Turns:
     """Seconds of several sides that take turns, so that whatever slows the machine slows all of them.
 
     On a CPU they are the processor's, of all threads of this process: what other work on the machine delays does not
-    count. On a GPU, between ranks, and where other processes do the work (`elsewhere`), they are the clock's on the wall.
+    count. On a GPU, between ranks, and where other processes work (`elsewhere`), they are the clock's on the wall.
     """
 
     def __init__(self, device: torch.device, elsewhere: bool = False) -> None:
