@@ -52,9 +52,12 @@ def test_in_fp32_it_is_as_near_to_fp64_as_the_written_out_form() -> None:
         assert (other - right).abs().max() <= 2 * (one - right).abs().max() + 1e-7 * right.abs().max()
 
 
+@pytest.mark.parametrize("kept", [0, 2**24])
 @pytest.mark.parametrize("block", [5, 37, 2**16])
-def test_dropout_has_the_gradient_of_what_it_gives(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_dropout_has_the_gradient_of_what_it_gives(monkeypatch: pytest.MonkeyPatch, block: int, kept: int) -> None:
+    """Whether its bits are kept or drawn again."""
     monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(blocks, "KEPT", kept)
 
     def drawn(*inputs: Tensor) -> Tensor:
         torch.manual_seed(1)
@@ -108,6 +111,18 @@ def test_a_seed_fixes_what_is_dropped_and_no_dropout_draws_nothing() -> None:
     assert not torch.equal(run(5, 0.3)[0], run(6, 0.3)[0])
     torch.manual_seed(5)
     assert torch.equal(run(5, 0.0)[1], torch.get_rng_state())
+
+
+def test_bits_that_are_drawn_again_are_those_that_would_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, found = matrices(3, 20, 30, 4), []
+    monkeypatch.setattr(blocks, "BLOCK", 100)
+    for kept in (0, 2**24):
+        monkeypatch.setattr(blocks, "KEPT", kept)
+        torch.manual_seed(3)
+        out = attention(*inputs, dropout=0.2)
+        torch.rand(5)  # the stream goes on before the backward
+        found.append([*with_gradients(out, inputs), torch.get_rng_state()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_the_scores_are_never_there_at_once() -> None:

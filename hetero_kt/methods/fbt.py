@@ -146,12 +146,13 @@ class FBT:
         return knowledge
 
     def _connected(self, aside: Any, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Through the connectors: as a module, since `terms` are this step's call of the engine."""
+        """Through the connectors, each by itself: `terms` are this step's call of the engine, and ZeRO-3, which begins
+        its order of gathering at every call of the whole, would never learn one from two calls in a step."""
         if not features:
             return {}
         device = next(iter(features.values())).device.type
         with part("adapter"), torch.autocast(device, torch.bfloat16, enabled=aside.torch_autocast_enabled()):
-            return aside.module(features=features)
+            return {name: aside.module.connectors[name](feature) for name, feature in features.items()}
 
 
 def _trained(settings: config.FBT) -> bool:

@@ -309,13 +309,16 @@ class _Path:
     def _update(self, cotangent: Tensor) -> None:
         assert self.adapter is not None
         self.schedule.step_update(self.updates)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.proposal.backward(cotangent)
-        for parameter in self.adapter.parameters():  # a non-finite proposal has non-finite gradients even at 0
-            if parameter.grad is not None:
-                parameter.grad = torch.where(self.finite, parameter.grad, torch.zeros_like(parameter.grad))
+        learning = [p for p in self.adapter.parameters() if p.requires_grad]
+        found = torch.autograd.grad(self.proposal, learning, cotangent, allow_unused=True)
+        used = [(p, gradient) for p, gradient in zip(learning, found, strict=True) if gradient is not None]
+        # As one vector: a choice and a product each, not one for each of a hundred small tensors.
+        flat = torch.cat([gradient.reshape(-1) for _, gradient in used])
+        flat = torch.where(self.finite, flat, 0.0)  # a non-finite proposal has non-finite gradients even at 0
         if self.transfer.optim.clip > 0:
-            nn.utils.clip_grad_norm_(self.adapter.parameters(), self.transfer.optim.clip)
+            flat *= (self.transfer.optim.clip / (flat.norm() + 1e-6)).clamp_max(1.0)
+        for (p, _), gradient in zip(used, flat.split([p.numel() for p, _ in used]), strict=True):
+            p.grad = gradient.view_as(p)
         self.optimizer.step()
         self.updates += 1
 

@@ -12,7 +12,7 @@ Shape suffixes: H heads, T query tokens, S source tokens, D width of a head; t, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 2**16
 """Scores at a time on a CPU: three blocks of them fit into its second cache. A GPU takes all at once."""
+KEPT = 2**24
+"""Scores, up to which dropout's random bits are kept for the backward, two bytes each; of more they are drawn again."""
 LANES = 4
 """Dropout reads 64 random bits as four numbers of 16, each of which decides about one score."""
 
@@ -41,12 +43,14 @@ class _Attention(torch.autograd.Function):
         q_HTD = q_HTD / math.sqrt(q_HTD.shape[-1])
         k_HDS, v_HDS = k_HSD.mT.contiguous(), v_HSD.mT.contiguous()
         out_HDT = torch.empty_like(q_HTD.mT, memory_format=torch.contiguous_format)
-        cut, drop = _Cut(q_HTD, k_HSD), _Dropout(dropout)
+        cut = _Cut(q_HTD, k_HSD)
+        drop = _Dropout(dropout, cut)
         pieces = zip(cut.rows(q_HTD), cut.heads(k_HDS), cut.heads(v_HDS), cut.rows(out_HDT, 2), strict=True)
-        for (q_htD, k_hDS, v_hDS, out_hDt), (p_htS, kept_htS) in zip(pieces, cut.buffers(2), strict=True):
+        turns = zip(pieces, cut.buffers(2), drop.draw(), strict=True)
+        for (q_htD, k_hDS, v_hDS, out_hDt), (p_htS, kept_htS), words in turns:
             _probabilities(q_htD, k_hDS, p_htS)
-            if drop.threshold:
-                p_htS.mul_(drop.draw(kept_htS))
+            if words is not None:
+                p_htS.mul_(_kept(words, drop.threshold, kept_htS))
             torch.bmm(v_hDS, p_htS.mT, out=out_hDt)
         out_HTD = out_HDT.mT * drop.scale
         ctx.drop = drop
@@ -63,10 +67,10 @@ class _Attention(torch.autograd.Function):
         g_HTD = g_HTD * drop.scale
         dq_HDT = torch.empty_like(q_HTD.mT, memory_format=torch.contiguous_format)
         dk_HDS, dv_HDS = torch.zeros_like(k_HDS), torch.zeros_like(v_HDS)
-        cut = _Cut(q_HTD, k_HDS.mT)
+        cut = drop.cut
         of_rows = zip(cut.rows(q_HTD), cut.rows(g_HTD), cut.rows(mean_HT1), cut.rows(dq_HDT, 2), strict=True)
         of_heads = zip(*(cut.heads(x) for x in (k_HDS, v_HDS, dk_HDS, dv_HDS)), strict=True)
-        turns = zip(of_rows, of_heads, cut.buffers(3), drop.drawn(cut), strict=True)
+        turns = zip(of_rows, of_heads, cut.buffers(3), drop.again(), strict=True)
         for (q_htD, g_htD, mean_ht1, dq_hDt), (k_hDS, v_hDS, dk_hDS, dv_hDS), (p_htS, used_htS, d_htS), words in turns:
             _probabilities(q_htD, k_hDS, p_htS)
             torch.bmm(g_htD, v_hDS, out=d_htS)
@@ -92,6 +96,7 @@ class _Cut:
         size = BLOCK if q_HTD.device.type == "cpu" else self.H * self.T * self.S
         self.t = min(self.T, max(1, size // self.S))
         self.h = min(self.H, max(1, size // (self.T * self.S)))
+        self.shapes = [(h, t, self.S) for h in _sizes(self.H, self.h) for t in _sizes(self.T, self.t)]
 
     def rows(self, x: Tensor, dim: int = 1) -> list[Tensor]:
         """The part of x for each block, where x has a place for every query token along `dim`."""
@@ -104,34 +109,51 @@ class _Cut:
     def buffers(self, count: int) -> list[list[Tensor]]:
         """For each block, `count` tensors of its shape; all blocks share their memory."""
         memory = [self.like.new_empty(self.h * self.t * self.S) for _ in range(count)]
-        shapes = [(h, t, self.S) for h in self._sizes(self.H, self.h) for t in self._sizes(self.T, self.t)]
-        views = {shape: [one[: math.prod(shape)].view(shape) for one in memory] for shape in set(shapes)}
-        return [views[shape] for shape in shapes]
+        views = {shape: [one[: math.prod(shape)].view(shape) for one in memory] for shape in set(self.shapes)}
+        return [views[shape] for shape in self.shapes]
 
-    def _sizes(self, whole: int, part: int) -> list[int]:
-        return [min(part, whole - start) for start in range(0, whole, part)]
 
-    def __len__(self) -> int:
-        return -(-self.H // self.h) * -(-self.T // self.t)
+def _sizes(whole: int, part: int) -> list[int]:
+    return [min(part, whole - start) for start in range(0, whole, part)]
 
 
 class _Dropout:
-    """Which scores are dropped: the random bits of each block are kept for the backward."""
+    """Which scores are dropped, decided block by block."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, cut: _Cut) -> None:
         self.threshold = min(round(rate * 2**16), 2**16 - 1)
         self.scale = 1 / (1 - self.threshold / 2**16)
-        self.words: list[Tensor] = []
+        self.cut, self.device = cut, cut.like.device
+        self.keeps = cut.H * cut.T * cut.S <= KEPT
+        self.kept: list[Tensor] = []
+        self.state: Tensor | None = None
 
-    def draw(self, into_htS: Tensor) -> Tensor:
-        """For the next block: 1 where a score stays and 0 where it is dropped."""
-        words = torch.empty(-(-into_htS.numel() // LANES), dtype=torch.int64, device=into_htS.device)
-        self.words.append(words.random_(-(2**63), None))  # the whole range
-        return _kept(words, self.threshold, into_htS)
+    def draw(self) -> Iterator[Tensor | None]:
+        """The random words of each block; None where nothing is dropped."""
+        generator = _global(self.device)
+        self.state = generator.get_state() if self.threshold and not self.keeps else None
+        for words in self._words(generator):
+            if words is not None and self.keeps:
+                self.kept.append(words)
+            yield words
 
-    def drawn(self, cut: _Cut) -> Sequence[Tensor | None]:
-        """What was drawn for each block."""
-        return self.words if self.threshold else [None] * len(cut)
+    def again(self) -> Iterator[Tensor | None]:
+        """What `draw` gave."""
+        if self.state is None:
+            return iter(self.kept) if self.threshold else self._words(None)
+        return self._words(torch.Generator(self.device).set_state(self.state))
+
+    def _words(self, generator: torch.Generator | None) -> Iterator[Tensor | None]:
+        for shape in self.cut.shapes:
+            count = -(-math.prod(shape) // LANES) if self.threshold else 0
+            words = torch.empty(count, dtype=torch.int64, device=self.device) if count else None
+            yield words if words is None else words.random_(-(2**63), None, generator=generator)  # the whole range
+
+
+def _global(device: torch.device) -> torch.Generator:
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def _kept(words: Tensor, threshold: int, into_htS: Tensor) -> Tensor:

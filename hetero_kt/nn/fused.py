@@ -118,21 +118,14 @@ class Fused(nn.Module):
         """timm's optimizers ask: a temperature is no weight."""
         return temperatures(self)
 
-    def forward(
-        self,
-        features: Mapping[str, Tensor] | None = None,
-        terms: Mapping[str, Tensor] | None = None,
-        pairs: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-    ) -> dict[str, Tensor]:
-        """Third-stage features by connector -> what the last stages take in. Or `terms` as they are, with the
-        contrastive ones of `pairs`: by name, the pooled features (B, width) of the learner and of the teaching side."""
-        if features is not None:
-            return {name: self.connectors[name](feature) for name, feature in features.items()}
+    def forward(self, terms: Mapping[str, Tensor], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """`terms` as they are, with the contrastive ones of `pairs`: by name, the pooled features (B, width) of the
+        learner and of the teaching side."""
         contrasts = {
             f"{name}/infonce_loss": self.contrasts[name](learning, teaching)
-            for name, (learning, teaching) in (pairs or {}).items()
+            for name, (learning, teaching) in pairs.items()
         }
-        return {**(terms or {}), **contrasts}
+        return {**terms, **contrasts}
 
 
 def temperatures(module: nn.Module) -> set[str]:
