@@ -290,7 +290,7 @@ def draw(figures: Sequence[Figure], file: str | Path, title: str) -> None:
             axes.plot([one.low, one.high], [row, row], color="black", linewidth=1.2)
         if one.aim is not None:
             axes.plot([one.aim, one.aim], [row - 0.42, row + 0.42], color="black", linestyle=":", linewidth=1.6)
-        axes.text(max(one.value, one.high or 0.0), row, f"  {one.value:.2f}", va="center", fontsize=8)
+        axes.text(max(one.value, one.high or 0.0, one.aim or 0.0), row, f"  {one.value:.2f}", va="center", fontsize=8)
     axes.set_yticks(range(len(ratios)), [one.what for one in ratios], fontsize=8)
     axes.axvline(1.0, color="black", linewidth=0.6)
     axes.set_xlabel("over floor or peer; dotted: the aim; green: met, red: missed, grey: no aim; line: quartiles")
