@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import tyro
-from measure import Figure, absent, about, cells, draw, read, show
+from measure import Figure, about, absent, cells, draw, read, show
 
 HERE = Path(__file__).resolve().parent
-LIMIT = 600
+LIMIT = 1200
 """Seconds after which a part is given up."""
 
 
@@ -36,40 +36,33 @@ class Part:
     script: str
     quick: tuple[str, ...] = ()
     """Options with which it takes seconds."""
-    options: tuple[str, ...] = ()
     ranks: int = 1
 
 
-SMALL = ("--source", "cifar:resnet_tiny", "--target", "cifar:mobilenetv2_tiny")
+def _options(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+TINY = "--source cifar:resnet_tiny --target cifar:mobilenetv2_tiny --rank 4"
 PARTS = {
     "exchange": Part(
         "exchange.py",
-        (
-            *SMALL,
-            "--turns",
-            "1",
-            "--batch",
-            "2",
-            "--rank",
-            "4",
-            "--source-weights",
-            "fc.weight",
-            "layer4.0.conv1.weight",
-        )
-        + ("--target-weights", "blocks.2.1.conv_pwl.weight", "classifier.weight"),
+        _options(
+            f"{TINY} --source-weights fc.weight layer4.0.conv1.weight --turns 1 --batch 2"
+            " --target-weights blocks.2.1.conv_pwl.weight classifier.weight"
+        ),
     ),
-    "loop": Part("loop.py", ("--model", "cifar:resnet_tiny", "--batch", "4", "--segment", "4", "--turns", "2")),
-    "fbt": Part("fbt.py", ("--turns", "1", "--batch", "2", "--pairs", "resnet18:deit_tiny_patch16_224")),
-    "kd": Part("kd.py", ("--turns", "1", "--batch", "2")),
+    "loop": Part("loop.py", _options("--model cifar:resnet_tiny --batch 4 --segment 4 --turns 2")),
+    "fbt": Part("fbt.py", _options("--turns 1 --batch 2 --pairs resnet18:deit_tiny_patch16_224")),
+    "kd": Part("kd.py", _options("--turns 1 --batch 2")),
     "sharding": Part(
         "sharding.py",
-        (*SMALL, "--target-weight", "blocks.2.1.conv_pwl.weight", "--rank", "4")
-        + ("--teacher", "timm:deit_tiny_patch16_224"),
+        _options(f"{TINY} --target-weight blocks.2.1.conv_pwl.weight --teacher timm:deit_tiny_patch16_224"),
         ranks=2,
     ),
-    "pipeline": Part("pipeline.py", ("--turns", "1", "--small", "64", "--large", "8", "--batch", "4")),
-    "startup": Part("startup.py", ("--turns", "1")),
-    "xvlm": Part("xvlm.py", ("--turns", "1", "--batch", "2")),
+    "pipeline": Part("pipeline.py", _options("--turns 1 --small 64 --large 8 --batch 4")),
+    "startup": Part("startup.py", _options("--turns 1")),
+    "xvlm": Part("xvlm.py", _options("--turns 1 --batch 2")),
 }
 
 
@@ -78,7 +71,7 @@ class Bench:
     """Options of all benchmarks."""
 
     only: tuple[str, ...] = tuple(PARTS)
-    """Parts to run."""
+    """Parts to run; of the others, the table has what lies in `out` from before."""
     quick: bool = False
     """Tiny models, one turn: to see that everything runs."""
     out: str = "runs/bench"
@@ -95,17 +88,24 @@ def main(bench: Bench) -> None:
     started = time.perf_counter()
     figures: list[Figure] = []
     parts: dict[str, Any] = {}
-    for name in bench.only:
-        begun = time.perf_counter()
-        found, parts[name] = _run(name, PARTS[name], bench.quick, out / f"{name}.json")
-        parts[name]["took"] = round(time.perf_counter() - begun, 1)
+    for name, part in PARTS.items():
+        file = out / f"{name}.json"
+        if name in bench.only:
+            found, parts[name] = _run(name, part, bench.quick, file)
+        elif file.is_file():
+            found, parts[name] = read(file)
+        else:
+            continue
         figures += found
     where = {**about(), "took": round(time.perf_counter() - started, 1)}
-    title = f"{where['device']}, {where['machine']}, commit {where['commit']}, {where['took']:.0f} s"
+    commits = sorted({part["commit"] for part in parts.values() if "commit" in part})
+    title = f"{where['device']}, {where['machine']}, commit {' and '.join(commits)}"
     rows = [dataclasses.asdict(one) | {"value": one.value if one.value == one.value else None} for one in figures]
-    (out / "bench.json").write_text(json.dumps({**where, "figures": rows, "parts": parts}, indent=1) + "\n")
-    with (out / "bench.txt").open("w") as file:
-        show(title, figures, file=file)
+    (out / "bench.json").write_text(
+        json.dumps({**where, "figures": rows, "parts": {k: _behind(v) for k, v in parts.items()}}, indent=1) + "\n"
+    )
+    with (out / "bench.txt").open("w") as text:
+        show(title, figures, file=text)
     draw(figures, out / "bench.png", title)
     print()
     show(title, figures)
@@ -120,6 +120,10 @@ def main(bench: Bench) -> None:
         raise SystemExit(f"did not end well: {', '.join(failed)}")
 
 
+def _behind(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in ("figures", "versions", "machine", "python")}
+
+
 def _run(name: str, part: Part, quick: bool, file: Path) -> tuple[list[Figure], dict[str, Any]]:
     """One part in processes of its own: its figures, and what else its file says."""
     command = [sys.executable]
@@ -130,9 +134,10 @@ def _run(name: str, part: Part, quick: bool, file: Path) -> tuple[list[Figure], 
             env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     cores = os.cpu_count() or 1
     env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // part.ranks))
-    command += [str(HERE / part.script), "--json", str(file), *(part.quick if quick else part.options)]
+    command += [str(HERE / part.script), "--json", str(file), *(part.quick if quick else ())]
     file.unlink(missing_ok=True)
     print(f"{name} ...", flush=True)
+    begun = time.perf_counter()
     try:
         ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
         error = ended.stderr[-3000:] if ended.returncode else ""
@@ -143,7 +148,9 @@ def _run(name: str, part: Part, quick: bool, file: Path) -> tuple[list[Figure], 
         return [absent(f"{name}: did not end well", "", None, error.strip().splitlines()[-1])], {"error": error}
     figures, content = read(file)
     show(content["title"], figures)
-    return figures, {key: value for key, value in content.items() if key not in ("figures", "versions", "machine")}
+    content["took"] = round(time.perf_counter() - begun, 1)
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    return figures, content
 
 
 if __name__ == "__main__":

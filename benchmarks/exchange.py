@@ -45,7 +45,7 @@ class Bench:
     batch: int = 0
     """Rows per rank; 0 takes 128 on a GPU and 16 on a CPU."""
     cycle: int = 4
-    turns: int = 7
+    turns: int = 5
     stage: int = 1
     rank: int = 16
     json: str = ""
@@ -105,7 +105,7 @@ def main(bench: Bench) -> None:
             )
         )
     shape = {"pair": list(weights), "rows": rows, "cycle": bench.cycle, "stage": bench.stage}
-    report(f"transfer, ZeRO-{bench.stage}, {ranks.world} rank(s)", figures, bench.json, seconds=turns.seconds, **shape)
+    report(f"transfer, ZeRO-{bench.stage}, {ranks.world} rank(s)", figures, bench.json, seconds=turns.raw(), **shape)
     dist.destroy_process_group()
 
 

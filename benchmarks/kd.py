@@ -81,7 +81,7 @@ def main(bench: Bench) -> None:
             else:
                 beside = f"{name} {version(name)}, {rows} rows"
                 figures.append(turns.ratio(what, f"ZeRO-{stage}", name, beside, aim))
-    report("distillation", figures, bench.json, seconds=turns.seconds)
+    report("distillation", figures, bench.json, seconds=turns.raw())
     dist.destroy_process_group()
 
 

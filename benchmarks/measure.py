@@ -49,9 +49,8 @@ class Figure:
     low: float | None = None
     high: float | None = None
     """Quartiles of the turns."""
-    processor: float | None = None
-    """Of a ratio of times on a CPU, the same ratio of the time that this process's threads computed: what other work on
-    the machine delays does not count, nor does waiting."""
+    wall: float | None = None
+    """Of a ratio of processor times, the same ratio by the clock on the wall."""
     note: str = ""
 
     @property
@@ -71,13 +70,19 @@ def absent(what: str, beside: str, aim: float | None, note: str) -> Figure:
 
 
 class Turns:
-    """Seconds of several sides that take turns, so that whatever slows the machine slows all of them."""
+    """Seconds of several sides that take turns, so that whatever slows the machine slows all of them.
 
-    def __init__(self, device: torch.device) -> None:
+    On a CPU they are the processor's, of all threads of this process: what other work on the machine delays does not
+    count. On a GPU, between ranks, and where other processes work (`elsewhere`), they are the clock's on the wall.
+    """
+
+    def __init__(self, device: torch.device, elsewhere: bool = False) -> None:
         self.device = device
-        self.seconds: dict[str, list[float]] = {}
+        self.wall: dict[str, list[float]] = {}
         """By side, one a turn."""
         self.processor: dict[str, list[float]] = {}
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self.seconds = self.processor if alone and device.type == "cpu" and not elsewhere else self.wall
         self._wall = self._busy = 0.0
 
     def take(self, sides: Mapping[str, Callable[[], Any]], turns: int, warm: int = 1) -> Turns:
@@ -99,7 +104,7 @@ class Turns:
         """What has run since `start` was a turn of `side`."""
         synchronise(self.device)
         if counts:
-            self.seconds.setdefault(side, []).append(time.perf_counter() - self._wall)
+            self.wall.setdefault(side, []).append(time.perf_counter() - self._wall)
             self.processor.setdefault(side, []).append(time.process_time() - self._busy)
 
     def median(self, side: str) -> float:
@@ -108,9 +113,13 @@ class Turns:
     def ratio(self, what: str, side: str, floor: str, beside: str, aim: float | None = None, note: str = "") -> Figure:
         """The median over the turns of one side's time over another's in the same turn, with its quartiles."""
         low, middle, high = _quartiles(self.seconds[side], self.seconds[floor])
-        busy = None if self.device.type == "cuda" else _quartiles(self.processor[side], self.processor[floor])[1]
+        wall = None if self.seconds is self.wall else _quartiles(self.wall[side], self.wall[floor])[1]
         beside = f"{beside}, {spoken(self.median(floor))}"
-        return Figure(what, middle, "x", beside, aim, low=low, high=high, processor=busy, note=note)
+        return Figure(what, middle, "x", beside, aim, low=low, high=high, wall=wall, note=note)
+
+    def raw(self) -> dict[str, dict[str, list[float]]]:
+        """Every turn's seconds."""
+        return {"wall": self.wall, "processor": self.processor}
 
 
 def _quartiles(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
@@ -225,7 +234,7 @@ def report(title: str, figures: Sequence[Figure], file: str = "", **details: Any
 def show(title: str, figures: Sequence[Figure], file: TextIO | None = None) -> None:
     """Print the figures as a table, to `file` if it is given."""
     table = Table(title=title, title_justify="left")
-    for heading in ("figure", "value", "quartiles", "of CPU time", "beside", "aim", ""):
+    for heading in ("figure", "value", "quartiles", "on the wall", "beside", "aim", ""):
         table.add_column(heading, justify="left" if heading in ("figure", "beside", "") else "right")
     for one in figures:
         table.add_row(*cells(one))
@@ -239,11 +248,11 @@ def show(title: str, figures: Sequence[Figure], file: TextIO | None = None) -> N
 def cells(one: Figure) -> tuple[str, ...]:
     """A figure as the table's cells."""
     quartiles = "" if one.low is None or one.high is None else f"{one.low:.2f} to {one.high:.2f}"
-    busy = "" if one.processor is None else f"{one.processor:.3f}"
+    wall = "" if one.wall is None else f"{one.wall:.2f}"
     aim = "" if one.aim is None else f"{'' if one.exact else '<= '}{number(one.aim, one.unit)}"
     verdict = {None: "", True: "met", False: "missed"}[one.met]
     value = "not measured" if one.value != one.value else f"{number(one.value, one.unit)} {one.unit}".rstrip()
-    return one.what, value, quartiles, busy, one.beside, aim, verdict
+    return one.what, value, quartiles, wall, one.beside, aim, verdict
 
 
 def number(value: float, unit: str) -> str:
@@ -281,7 +290,7 @@ def draw(figures: Sequence[Figure], file: str | Path, title: str) -> None:
             axes.plot([one.low, one.high], [row, row], color="black", linewidth=1.2)
         if one.aim is not None:
             axes.plot([one.aim, one.aim], [row - 0.42, row + 0.42], color="black", linestyle=":", linewidth=1.6)
-        axes.text(max(one.value, one.high or 0.0), row, f"  {one.value:.2f}", va="center", fontsize=8)
+        axes.text(max(one.value, one.high or 0.0, one.aim or 0.0), row, f"  {one.value:.2f}", va="center", fontsize=8)
     axes.set_yticks(range(len(ratios)), [one.what for one in ratios], fontsize=8)
     axes.axvline(1.0, color="black", linewidth=0.6)
     axes.set_xlabel("over floor or peer; dotted: the aim; green: met, red: missed, grey: no aim; line: quartiles")

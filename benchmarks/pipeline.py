@@ -57,7 +57,7 @@ def main(bench: Bench) -> None:
     report("input pipeline, one process", [figure for figure, _ in found], bench.json, seconds=[t for _, t in found])
 
 
-def _cifar(bench: Bench, folder: Path) -> Iterator[tuple[Figure, dict[str, list[float]]]]:
+def _cifar(bench: Bench, folder: Path) -> Iterator[tuple[Figure, dict[str, Any]]]:
     place = folder / "cifar100"
     place.mkdir()
     pictures = [{"bytes": _encoded(i, 32, 32, "PNG")} for i in range(bench.small)]
@@ -76,7 +76,7 @@ def _cifar(bench: Bench, folder: Path) -> Iterator[tuple[Figure, dict[str, list[
 
     turns = Turns(CPU).take({"ours": ours, "bare": bare}, bench.turns)
     beside = f"a loop that only decodes, {bench.small} pictures"
-    yield turns.ratio("CIFAR-100 from Parquet into memory", "ours", "bare", beside, AIM), turns.seconds
+    yield turns.ratio("CIFAR-100 from Parquet into memory", "ours", "bare", beside, AIM), turns.raw()
 
     loader = data.open_loader(config, str(folder), train=True, seed=0)
     batches = bench.small // bench.batch
@@ -87,10 +87,10 @@ def _cifar(bench: Bench, folder: Path) -> Iterator[tuple[Figure, dict[str, list[
 
     turns = Turns(CPU).take({"ours": epoch, "bare": bare}, bench.turns)
     what = "CIFAR-100 from memory: an epoch, cropped, mirrored, turned"
-    yield turns.ratio(what, "ours", "bare", beside, AIM), turns.seconds
+    yield turns.ratio(what, "ours", "bare", beside, AIM), turns.raw()
 
 
-def _shards(bench: Bench, folder: Path) -> Iterator[tuple[Figure, dict[str, list[float]]]]:
+def _shards(bench: Bench, folder: Path) -> Iterator[tuple[Figure, dict[str, Any]]]:
     for part, count in (("train", bench.large), ("val", 2)):
         for i in range(count):
             file = folder / "pictures" / part / f"class{i % 2}" / f"{i}.jpg"
@@ -114,7 +114,7 @@ def _shards(bench: Bench, folder: Path) -> Iterator[tuple[Figure, dict[str, list
     turns = Turns(CPU).take({"ours": ours, "bare": lambda: [None for _ in bare()]}, bench.turns)
     loader.close()
     beside = f"webdataset and timm's transforms, {bench.large} pictures"
-    yield turns.ratio("ImageNet-like shards, cropped to 224", "ours", "bare", beside, AIM), turns.seconds
+    yield turns.ratio("ImageNet-like shards, cropped to 224", "ours", "bare", beside, AIM), turns.raw()
 
 
 def _webdataset(shards: list[str], batch: int, transform: Transform) -> Callable[[], Any]:

@@ -22,6 +22,7 @@ from measure import Collectives, Figure, peak_memory, report
 from torch import Tensor
 
 from hetero_kt import models
+from hetero_kt.checks import zero_block
 from hetero_kt.config import Model, Optim, Schedule, Teacher
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.learner import Learner, build_learner
@@ -147,7 +148,7 @@ def _teacher(bench: Bench, ranks: launch.Ranks) -> list[Figure]:
     unit = (1.0, 1.0, 1.0)
     x = torch.randn(1, 3, 224, 224, device=ranks.device)
     peaks = {}
-    for where, zero in (("whole", None), ("pieces", {"stage": 3})):
+    for where, zero in (("whole", None), ("pieces", zero_block("ds_configs/zero3_frozen.json"))):
         launch.seed_everything(0)
         teacher = build_teacher(
             Teacher(bench.teacher, init="random"),

@@ -8,7 +8,6 @@ that only imports torch and deepspeed.
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -53,12 +52,11 @@ def main(bench: Bench) -> None:
             _run("-c", FIRST_STEP, str(LAUNCHERS / bench.launcher), *options)
 
         sides = {"launcher": launcher, "imports": lambda: _run("-c", "import torch, deepspeed")}
-        turns = Turns(torch.device("cpu")).take(sides, bench.turns)
+        turns = Turns(torch.device("cpu"), elsewhere=True).take(sides, bench.turns)
     note = f"{turns.median('launcher'):.1f} s; the variant {bench.variant}, two small models and a transfer"
     what = f"start-up until the first step, {bench.launcher.removesuffix('.py')}"
-    one = turns.ratio(what, "launcher", "imports", "import torch, deepspeed", note=note)
-    figures = [dataclasses.replace(one, processor=None)]  # other processes did the work
-    report("start-up", figures, bench.json, seconds=turns.seconds)
+    figures = [turns.ratio(what, "launcher", "imports", "import torch, deepspeed", note=note)]
+    report("start-up", figures, bench.json, seconds=turns.raw())
 
 
 def _run(*arguments: str) -> None:

@@ -9,6 +9,7 @@ without. Evaluated are the generated world's questions, or its captions.
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,9 +94,9 @@ def main(bench: Bench) -> None:
     figures = [turns.ratio(f"X-VLM step with transfers, {where}", "with", "without", beside, note=note)]
     evaluated = Turns(ranks.device).take({"evaluation": evaluation}, 3)
     items = seen.samples if bench.task == "vqa" else seen.captions
-    speed = items / evaluated.median("evaluation")
+    speed = items / statistics.median(evaluated.wall["evaluation"])
     figures.append(Figure(f"X-VLM evaluation, {where}", speed, "items/s", f"{items} items, {ranks.world} rank(s)"))
-    seconds = turns.seconds | evaluated.seconds
+    seconds = {"steps": turns.raw(), "evaluation": evaluated.raw()}
     report(f"transfers inside X-VLM, ZeRO-{bench.stage}, {ranks.world} rank(s)", figures, bench.json, seconds=seconds)
     dist.destroy_process_group()
 

@@ -234,6 +234,22 @@ def test_deterministic_is_said_to_torch_and_to_cublas() -> None:
 # --- nothing is compiled ---
 
 
+def muon() -> tuple[bool, bool]:
+    from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz5
+
+    return zeropower_via_newtonschulz5.__code__.co_name == "zeropower_via_newtonschulz5", (
+        compiler.compile() is torch.compile
+    )
+
+
+def test_deepspeed_does_not_load_a_compiler_to_ask_whose_optimizer_it_is(pair: RankPool) -> None:
+    """As it would by compiling what it asks for; what else it compiles stays its own."""
+    for plain, restored in pair.run(muon):
+        assert plain
+        assert restored
+
+
 def test_two_ranks_debug_beside_a_stale_lock_and_without_a_compiler(tmp_path: Path) -> None:
     extensions, path = tmp_path / "extensions", tmp_path / "bin"
     version = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"

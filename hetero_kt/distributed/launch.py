@@ -60,6 +60,7 @@ def start(same: Mapping[str, str] | None = None) -> Ranks:
     logger.setLevel("WARNING")
     if not cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _leave_muon_uncompiled()
     local_rank = int(os.environ["LOCAL_RANK"])
     wanted = ranks_here(otherwise=local_rank + 1)
     if cuda and wanted > torch.cuda.device_count():
@@ -80,6 +81,19 @@ def start(same: Mapping[str, str] | None = None) -> Ranks:
         _meeting_point.append(meeting.meet(rank, world, meeting.gpu_name(device), same or {}))
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _leave_muon_uncompiled() -> None:
+    """DeepSpeed asks of every optimizer whether it is Muon, and loads torch's compiler to know: a second of each start.
+    Muon is no optimizer of ours, so that its kernels may stay as they are written."""
+    from deepspeed.runtime import compiler
+
+    decorator = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = decorator
 
 
 def place() -> tuple[int, int]:
