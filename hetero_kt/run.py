@@ -26,6 +26,7 @@ from hetero_kt.distributed import launch, layout
 from hetero_kt.distributed.agreement import Unwritable, UserError, agreed
 from hetero_kt.distributed.heartbeat import Heartbeat
 from hetero_kt.distributed.launch import Ranks, StopSignal
+from hetero_kt.distributed.meeting import NoMeeting
 from hetero_kt.folder import (
     check_same_data,
     check_same_everywhere,
@@ -60,7 +61,7 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
         ranks, stop = launch.start(agreed_on(recipe, options)), StopSignal()
         torch.autograd.set_detect_anomaly(options.debug)
     except ValueError as error:
-        leave(error, alone=True)
+        leave(error, status=1 if isinstance(error, NoMeeting) else 2, alone=True)
     try:
         how = replace(FRESH, resume="never") if options.debug else FRESH
         teachers = [(one, how) for one in runs_before(recipe, options, variants)]

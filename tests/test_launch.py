@@ -298,6 +298,8 @@ def refused(environments: list[dict[str, str]], same: list[dict[str, str]], gpus
     os.environ.update(environments[rank])
     try:
         meeting.meet(rank, len(same), gpus[rank], same[rank], seconds)
+    except meeting.NoMeeting as error:
+        return f"no meeting: {error}"
     except ValueError as error:
         return str(error)
     finally:
@@ -354,7 +356,7 @@ def test_a_rank_that_does_not_come_is_named_by_those_that_came(pair: RankPool) -
     begun = time.monotonic()
     told = pair.run(refused_of_three, addresses())
     assert told[0] == told[1]
-    assert re.match(r"of 3 ranks 1 did not come within 3 s \(rank 2\): see their logs, .*\.$", told[0])
+    assert re.match(r"no meeting: of 3 ranks 1 did not come within 3 s \(rank 2\): see their logs, .*\.$", told[0])
     assert time.monotonic() - begun < 30
 
 
@@ -366,9 +368,26 @@ def test_a_missing_first_rank_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
     port = launch.free_port()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with pytest.raises(
-        ValueError, match=rf"^rank 1 on \S+ has not reached the first rank at 127.0.0.1:{port} within 2 s: "
+        meeting.NoMeeting, match=rf"^rank 1 on \S+ has not reached the first rank at 127.0.0.1:{port} within 2 s: "
     ):
         meeting.meet(1, 2, "", {}, 2.0)
+
+
+def test_ranks_that_did_not_find_each_other_leave_with_another_status_than_wrong_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A batch file puts a job back into the queue after the one and not after the other."""
+    for error, status in ((meeting.NoMeeting("nobody is here."), 1), (ValueError("no such thing."), 2)):
+
+        def start(*_: Any, error: ValueError = error) -> None:
+            raise error
+
+        monkeypatch.setattr(launch, "start", start)
+        monkeypatch.setattr(sys, "argv", ["demo.py"])
+        with pytest.raises(SystemExit) as end:
+            running.main({"default": lambda: tiny.recipe(Path("runs"))})
+        assert end.value.code == status
+        assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_a_taken_port_is_one_sentence() -> None:
@@ -377,7 +396,9 @@ def test_a_taken_port_is_one_sentence() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with pytest.raises(ValueError, match=rf"^the first rank cannot open port {port} of 127.0.0.1 .*MASTER_PORT"):
+        with pytest.raises(
+            meeting.NoMeeting, match=rf"^the first rank cannot open port {port} of 127.0.0.1 .*MASTER_PORT"
+        ):
             meeting.meet(0, 2, "", {}, 2.0)
 
 

@@ -26,6 +26,10 @@ _HEARD = 5.0
 """Seconds that the first rank, whose store it is, gives the others to read what has been decided."""
 
 
+class NoMeeting(ValueError):
+    """Ranks did not find each other: nothing is wrong with what they were asked for, and another start may do better."""
+
+
 def connect(host: str, port: int, *, serve: bool, seconds: float) -> dist.TCPStore:
     """The store at the meeting point. `serve` opens it, unless torchrun's agent has; where ranks meet on loopback it
     listens there alone, since whoever reaches a store can write to it."""
@@ -67,7 +71,8 @@ def meet(rank: int, world: int, gpu: str, same: Mapping[str, str], seconds: floa
         seconds: that ranks wait for each other; 0 takes `SECONDS`.
 
     Raises:
-        ValueError: one sentence, the same on all ranks that are here.
+        NoMeeting: somebody has not come, or the first rank cannot be reached.
+        ValueError: ranks do not fit together. Either is one sentence, the same on all ranks that are here.
     """
     seconds = seconds or SECONDS
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -76,11 +81,11 @@ def meet(rank: int, world: int, gpu: str, same: Mapping[str, str], seconds: floa
     except RuntimeError as error:
         if rank == 0:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
+            raise NoMeeting(
                 f"the first rank cannot open port {port} of {host} for the others ({reason}): choose another "
                 "MASTER_PORT (deepspeed and torchrun: --master_port)."
             ) from error
-        raise ValueError(
+        raise NoMeeting(
             f"rank {rank} on {socket.gethostname()} has not reached the first rank at {host}:{port} within "
             f"{seconds:.0f} s: see whether it has ended, and that the nodes reach each other there "
             "(MASTER_ADDR, MASTER_PORT)."
@@ -96,10 +101,11 @@ def meet(rank: int, world: int, gpu: str, same: Mapping[str, str], seconds: floa
     store.set(f"rank{rank}", json.dumps(here))
     if rank == 0:
         verdict, present = _decide(store, world, seconds)
+        store.set("present", str(present))
         store.set("verdict", verdict)
     with _absent(f"the first rank at {host}:{port} has said nothing to rank {rank}: see its log."):
         store.wait(["verdict"], timedelta(seconds=2 * seconds))
-        verdict = store.get("verdict").decode()
+        verdict, present = store.get("verdict").decode(), int(store.get("present"))
     heard = store.add("heard", 1)
     if rank == 0:
         end = time.monotonic() + _HEARD
@@ -107,7 +113,7 @@ def meet(rank: int, world: int, gpu: str, same: Mapping[str, str], seconds: floa
             time.sleep(0.02)
             heard = store.add("heard", 0)
     if verdict:
-        raise ValueError(verdict)
+        raise (NoMeeting if present < world else ValueError)(verdict)
     return server
 
 
@@ -127,7 +133,7 @@ def _absent(sentence: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ValueError(sentence) from error
+        raise NoMeeting(sentence) from error
 
 
 def _compare(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
