@@ -27,7 +27,7 @@ _HEARD = 5.0
 
 
 class NoMeeting(ValueError):
-    """Ranks did not find each other: nothing is wrong with what they were asked for, and another start may do better."""
+    """Ranks did not find each other: nothing is wrong with what was asked for, and another start may do better."""
 
 
 def connect(host: str, port: int, *, serve: bool, seconds: float) -> dist.TCPStore:
