@@ -137,7 +137,10 @@ def travel(ranks: Any, folder: Path, route: list[tuple[int, int]], precision: st
         before = ends[0][1]
 
 
-@pytest.mark.parametrize(("precision", "optim"), [("fp32", "adamw"), ("autocast", "sgd"), ("bf16", "adamw")])
+@pytest.mark.parametrize(
+    ("precision", "optim"),
+    [("fp32", "adamw"), pytest.param("autocast", "sgd", marks=pytest.mark.slow), ("bf16", "adamw")],
+)
 def test_ranks_and_stages_change_and_nothing_else(ranks: Any, tmp_path: Path, precision: str, optim: str) -> None:
     first = (1, 1) if precision == "bf16" else (1, 0)
     travel(ranks, tmp_path, [first, (2, 3), (1, 2), (2, 1), (2, 3)], precision, optim)

@@ -27,7 +27,7 @@ assert not torch.cuda.is_initialized()
 """
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_checkpoint_gives_the_run_s_own_export_to_the_bit(
     ranks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: int
 ) -> None:
