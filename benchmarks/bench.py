@@ -1,6 +1,6 @@
 """Every benchmark, one after another, and one table of all figures beside floor, peer and aim.
 
-    make bench                                   everything, about ten minutes on two cores
+    make bench                                   everything, about six minutes on two cores
     python benchmarks/bench.py --only kd fbt     some of it
     python benchmarks/bench.py --quick           the same path with tiny models: figures mean nothing
 
