@@ -40,7 +40,7 @@ class Counts:
     """Of the graph behind what is watched."""
     deepspeed: int = 0
     """Collectives that DeepSpeed starts by itself."""
-    places: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list, repr=False)
     """Where each of our collectives and reads was asked for."""
 
 

@@ -4,7 +4,6 @@ fails here, with the figure. Times belong to the benchmarks; counts are the same
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,64 +72,54 @@ def of_method(ranks: Any, folder: Path, method: str, stage: int) -> list[list[di
     return ranks(2).run(counted, made)
 
 
-@dataclass(frozen=True)
-class Known:
-    """The last figures, of the rank that has more."""
-
-    collectives: int = 0
-    bytes: int = 0
-    reads: int = 0
-    operators: int = 0
-    nodes: int = 0
-    deepspeed: int = 0
-
-
-KNOWN: dict[tuple[str, int], dict[int, Known]] = {
+FIGURES = tuple(one.name for one in dataclasses.fields(Counts) if one.name != "places")
+"""The last ones known follow, of the rank that has more."""
+KNOWN: dict[tuple[str, int], dict[int, Counts]] = {
     ("mergenet", 1): {
-        ONE: Known(collectives=1, bytes=2308, reads=1, operators=583, nodes=308, deepspeed=6),
-        INTERVAL: Known(collectives=3, bytes=6932, reads=4, operators=697, nodes=308, deepspeed=6),
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=6),
-        MUTUAL: Known(collectives=1, bytes=9224, reads=2, operators=1278, nodes=616, deepspeed=6),
+        ONE: Counts(collectives=1, bytes=2308, reads=1, operators=583, nodes=308, deepspeed=6),
+        INTERVAL: Counts(collectives=3, bytes=6932, reads=4, operators=697, nodes=308, deepspeed=6),
+        QUIET: Counts(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=6),
+        MUTUAL: Counts(collectives=1, bytes=9224, reads=2, operators=1278, nodes=616, deepspeed=6),
     },
     ("mergenet", 2): {
-        ONE: Known(collectives=1, bytes=2308, reads=1, operators=583, nodes=308, deepspeed=6),
-        INTERVAL: Known(collectives=3, bytes=6932, reads=4, operators=697, nodes=308, deepspeed=6),
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=6),
-        MUTUAL: Known(collectives=1, bytes=9224, reads=2, operators=1278, nodes=616, deepspeed=6),
+        ONE: Counts(collectives=1, bytes=2308, reads=1, operators=583, nodes=308, deepspeed=6),
+        INTERVAL: Counts(collectives=3, bytes=6932, reads=4, operators=697, nodes=308, deepspeed=6),
+        QUIET: Counts(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=6),
+        MUTUAL: Counts(collectives=1, bytes=9224, reads=2, operators=1278, nodes=616, deepspeed=6),
     },
     ("mergenet", 3): {
-        ONE: Known(collectives=3, bytes=8452, reads=1, operators=592, nodes=272, deepspeed=6),
-        INTERVAL: Known(collectives=5, bytes=24852, reads=4, operators=706, nodes=272, deepspeed=6),
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=6),
-        MUTUAL: Known(collectives=3, bytes=33288, reads=2, operators=1297, nodes=544, deepspeed=6),
+        ONE: Counts(collectives=3, bytes=8452, reads=1, operators=592, nodes=272, deepspeed=6),
+        INTERVAL: Counts(collectives=5, bytes=24852, reads=4, operators=706, nodes=272, deepspeed=6),
+        QUIET: Counts(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=6),
+        MUTUAL: Counts(collectives=3, bytes=33288, reads=2, operators=1297, nodes=544, deepspeed=6),
     },
     ("fbt", 1): {
-        INTERVAL: Known(collectives=2, bytes=40, reads=2, operators=382, nodes=310, deepspeed=8),
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=382, nodes=310, deepspeed=8),
+        INTERVAL: Counts(collectives=2, bytes=40, reads=2, operators=382, nodes=310, deepspeed=8),
+        QUIET: Counts(collectives=0, bytes=0, reads=0, operators=382, nodes=310, deepspeed=8),
     },
     ("fbt", 2): {
-        INTERVAL: Known(collectives=2, bytes=40, reads=2, operators=382, nodes=310, deepspeed=8),
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=382, nodes=310, deepspeed=8),
+        INTERVAL: Counts(collectives=2, bytes=40, reads=2, operators=382, nodes=310, deepspeed=8),
+        QUIET: Counts(collectives=0, bytes=0, reads=0, operators=382, nodes=310, deepspeed=8),
     },
     ("fbt", 3): {
-        INTERVAL: Known(collectives=2, bytes=40, reads=2, operators=531, nodes=460, deepspeed=17),
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=531, nodes=460, deepspeed=17),
+        INTERVAL: Counts(collectives=2, bytes=40, reads=2, operators=531, nodes=460, deepspeed=17),
+        QUIET: Counts(collectives=0, bytes=0, reads=0, operators=531, nodes=460, deepspeed=17),
     },
     ("kd", 1): {
-        INTERVAL: Known(collectives=2, bytes=20, reads=2, operators=213, nodes=91, deepspeed=3),
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=213, nodes=91, deepspeed=3),
+        INTERVAL: Counts(collectives=2, bytes=20, reads=2, operators=213, nodes=91, deepspeed=3),
+        QUIET: Counts(collectives=0, bytes=0, reads=0, operators=213, nodes=91, deepspeed=3),
     },
     ("kd", 3): {
-        INTERVAL: Known(collectives=2, bytes=20, reads=2, operators=269, nodes=204, deepspeed=3),
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=269, nodes=204, deepspeed=3),
+        INTERVAL: Counts(collectives=2, bytes=20, reads=2, operators=269, nodes=204, deepspeed=3),
+        QUIET: Counts(collectives=0, bytes=0, reads=0, operators=269, nodes=204, deepspeed=3),
     },
     ("none", 1): {
-        INTERVAL: Known(collectives=2, bytes=16, reads=2, operators=67, nodes=83, deepspeed=3),
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=67, nodes=83, deepspeed=3),
+        INTERVAL: Counts(collectives=2, bytes=16, reads=2, operators=67, nodes=83, deepspeed=3),
+        QUIET: Counts(collectives=0, bytes=0, reads=0, operators=67, nodes=83, deepspeed=3),
     },
     ("none", 3): {
-        INTERVAL: Known(collectives=2, bytes=16, reads=2, operators=107, nodes=196, deepspeed=3),
-        QUIET: Known(collectives=0, bytes=0, reads=0, operators=107, nodes=196, deepspeed=3),
+        INTERVAL: Counts(collectives=2, bytes=16, reads=2, operators=107, nodes=196, deepspeed=3),
+        QUIET: Counts(collectives=0, bytes=0, reads=0, operators=107, nodes=196, deepspeed=3),
     },
 }
 
@@ -140,14 +129,12 @@ def test_a_step_costs_what_was_known(ranks: Any, tmp_path: Path, method: str, st
     found = of_method(ranks, tmp_path, method, stage)
     told = []
     for step, known in KNOWN[method, stage].items():
-        now = {count: max(of_rank[step][count] for of_rank in found) for count in dataclasses.asdict(known)}
-        compared = now if versions() == COUNTED_WITH else OURS_ALONE
-        changed = {
-            count: was for count, was in dataclasses.asdict(known).items() if count in compared and now[count] != was
-        }
+        now = {count: max(of_rank[step][count] for of_rank in found) for count in FIGURES}
+        compared = FIGURES if versions() == COUNTED_WITH else OURS_ALONE
+        changed = {count: getattr(known, count) for count in compared if now[count] != getattr(known, count)}
         if changed:
             figures = ", ".join(f"{now[c]} {c}, last known {was} ({now[c] - was:+d})" for c, was in changed.items())
             places = "; ".join(sorted(set(found[0][step]["places"]))) or "nowhere"
-            told.append(f"step {step}: {figures}. Ours are asked for in {places}. Now: {Known(**now)}")
+            told.append(f"step {step}: {figures}. Ours are asked for in {places}. Now: {Counts(**now)}")
     about = f"{method}, ZeRO-{stage}; counted with {COUNTED_WITH}, and here are {versions()}"
     assert not told, "\n".join([about, *told])

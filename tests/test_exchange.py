@@ -29,13 +29,8 @@ def step_plain(model: nn.Module, optimizer: torch.optim.Optimizer, at: int) -> N
     loss(model, batch(at)).backward()
 
 
-# --- as a library ---
-
-
-def test_a_bare_pytorch_loop_equals_the_reference() -> None:
-    models = build_pair()
-    optimizers = [torch.optim.SGD(m.parameters(), 0.1, 0.9, weight_decay=5e-4) for m in models.values()]
-    exchange = Exchange(mutual(models, optim="sgd"))
+def loop_plain(exchange: Exchange, models: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
+    """A user's own loop, of plain PyTorch."""
     for step in range(STEPS):
         exchange.propose()
         for model, optimizer in zip(models.values(), optimizers, strict=True):
@@ -44,6 +39,16 @@ def test_a_bare_pytorch_loop_equals_the_reference() -> None:
         for optimizer in optimizers:
             optimizer.step()
         exchange.learn()
+
+
+# --- as a library ---
+
+
+def test_a_bare_pytorch_loop_equals_the_reference() -> None:
+    models = build_pair()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, 0.9, weight_decay=5e-4) for m in models.values()]
+    exchange = Exchange(mutual(models, optim="sgd"))
+    loop_plain(exchange, models, optimizers)
     ours: dict[str, Any] = {n: {k: p.detach() for k, p in m.named_parameters()} for n, m in models.items()}
     ours |= {n: dict(adapter.state_dict()) for n, adapter in exchange.adapters().items()}
     assert_close(ours, reference(OPTIMS["sgd"], 1), [*models, *SITES])
@@ -228,14 +233,7 @@ def test_an_adapter_that_never_learns_writes_what_the_control_frozen_writes() ->
         )
         start = copy.deepcopy({name: adapter.state_dict() for name, adapter in exchange.adapters().items()})
         optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in models.values()]
-        for step in range(STEPS):
-            exchange.propose()
-            for model, optimizer in zip(models.values(), optimizers, strict=True):
-                step_plain(model, optimizer, step)
-            exchange.observe()
-            for optimizer in optimizers:
-                optimizer.step()
-            exchange.learn()
+        loop_plain(exchange, models, optimizers)
         for name, adapter in exchange.adapters().items():
             assert all(torch.equal(value, start[name][key]) for key, value in adapter.state_dict().items()), name
         ends.append([value for model in models.values() for value in model.state_dict().values()])
