@@ -207,6 +207,24 @@ def test_gradients_of_two_engines_are_one_gather(ranks: Any, stage: int, precisi
         assert traffic.gathers == (1 if stage else 0)
 
 
+def asked_too_early(stage: int) -> str:
+    engine = engine_of(stage, "fp32")
+    try:
+        params.gradients([Weight(engine, engine.module.first.weight)])
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gradients_asked_for_before_a_backward_are_refused_and_nobody_waits(ranks: Any, stage: int) -> None:
+    """A weight this small lies whole on one of two ranks, so only that one can say that its gradient is not there."""
+    said = ranks(2).run(asked_too_early, stage)
+    assert any("call observe() after backward" in text for text in said), said
+
+
 def refusals() -> list[str]:
     said = []
     try:

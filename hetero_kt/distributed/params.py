@@ -146,9 +146,15 @@ def write(
 @torch.no_grad()
 def gradients(weights: Sequence[Weight], traffic: Traffic | None = None) -> list[Tensor]:
     """Whole gradients of `weights`, averaged over ranks; between the last backward and the step. Collective; one gather
-    for all of them."""
+    for all of them.
+
+    Raises:
+        RuntimeError: there is no gradient; under ZeRO-1/2 on the ranks that own a piece of the weight, and after the
+            gather, so that none waits for another. ZeRO-3 cannot tell: it hands out what its buffer holds.
+    """
     found: list[Tensor | None] = [None] * len(weights)
     sharded, mastered = [], []
+    missing = False
     for i, weight in enumerate(weights):
         parameter = weight.parameter
         # DeepSpeed hands out a partial gradient where .grad is still there, so the reduced one is asked for by name.
@@ -157,7 +163,9 @@ def gradients(weights: Sequence[Weight], traffic: Traffic | None = None) -> list
         elif hasattr(parameter, "_hp_mapping"):
             mastered.append(i)
         else:
-            found[i] = safe_get_full_grad(parameter)
+            own = safe_get_full_grad(parameter)
+            missing |= own is None
+            found[i] = own.to(torch.promote_types(own.dtype, torch.float32), copy=True) if own is not None else None
     if sharded:
         parameters = [weights[i].parameter for i in sharded]
         for i, value in zip(
@@ -166,11 +174,18 @@ def gradients(weights: Sequence[Weight], traffic: Traffic | None = None) -> list
             found[i] = value
     if mastered:
         parameters = [weights[i].parameter for i in mastered]
-        for i, value in zip(mastered, _reduce(parameters, list(map(_own_gradient, parameters)), traffic), strict=True):
+        fragments = []
+        for parameter in parameters:
+            try:
+                fragments.append(_own_gradient(parameter))
+            except ValueError:  # DeepSpeed's, of the rank that would own it
+                fragments.append(None)
+                missing = True
+        for i, value in zip(mastered, _reduce(parameters, fragments, traffic), strict=True):
             found[i] = value
-    if any(gradient is None for gradient in found):
+    if missing:
         raise RuntimeError("no gradient to observe: call observe() after backward and before step.")
-    return [g.detach().to(torch.promote_types(g.dtype, torch.float32)).clone() for g in found if g is not None]
+    return found  # type: ignore[return-value]
 
 
 def _partitioned(parameter: nn.Parameter) -> bool:
