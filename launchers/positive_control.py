@@ -7,7 +7,7 @@ Variants: layers (same model; every matrix is drawn to the source's own, nothing
           that, through maps that begin as the identity and learn), learned (and the gates learn too), classifier (the
           last matrix alone, drawn), turned (the source's classifier into another model's, by the nearest rotation),
           width (through a map that learns), attention (the paper's adapter), convolution (the paper's kind of target).
-Hardware: two CPU cores, about five minutes a run.
+Hardware: a CPU core, one to two minutes a run.
 Expected: `layers` ends where the source ends, far above `none`; how far down the list that holds is what is measured.
 """
 
@@ -31,7 +31,7 @@ DRAWN = Transfer("source:", "target:", 1, "full", adapter=IDENTITY, update="none
 MAPPED = replace(DRAWN, update="exact")
 LEARNED = replace(MAPPED, adapter=replace(IDENTITY, hold=False))
 MAP = replace(MAPPED, adapter=AdapterConfig("aligned", hold=True))
-TURNED = replace(DRAWN, adapter=AdapterConfig("procrustes", hold=True))
+TURNED = replace(DRAWN, adapter=AdapterConfig("procrustes", gate=0.4, hold=True))
 ATTENTION = replace(MAPPED, adapter=AdapterConfig("lpka", hold=True))
 
 
@@ -49,7 +49,7 @@ def recipe(name: str, target: str, weights: tuple[str, ...], transfer: Transfer)
         )
         for weight in weights
     }
-    return Recipe(f"positive_control_{name}", models, data, MergeNet(transfers), steps=4500, eval_every=1500)
+    return Recipe(f"positive_control_{name}", models, data, MergeNet(transfers), steps=2000, eval_every=1000)
 
 
 VARIANTS = {
