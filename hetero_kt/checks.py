@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hetero_kt.compiler import compilable
 from hetero_kt.config import Data, Distill, Model, Optim, Recipe, Schedule, Teacher, Transfer, nearest
 from hetero_kt.data import GENERATED, PAIRS, TEXTS
 from hetero_kt.models import XVLMS, known
@@ -77,6 +78,7 @@ def check(recipe: Recipe, world: int = 1) -> None:
                 f"--models.{name}.schedule.warmup {model.schedule.warmup} is longer than the {budget} steps that it "
                 "trains for: use fewer, or 0."
             )
+    _check_compiled(recipe)
     if all(0 < model.steps < recipe.steps for model in recipe.models.values()):
         raise ValueError(f"--steps {recipe.steps} is more than any model trains for: lower it to the longest.")
     if isinstance(recipe.method, Distill):
@@ -95,6 +97,24 @@ def check(recipe: Recipe, world: int = 1) -> None:
     for name, model in recipe.models.items():
         if model.checkpointing and model.name not in XVLMS:
             raise ValueError(f"--models.{name}.checkpointing is for distillation and X-VLM only: leave it out.")
+
+
+def _check_compiled(recipe: Recipe) -> None:
+    known = compilable(recipe)
+    for name in recipe.compile:
+        if name not in known:
+            raise ValueError(f"--compile {name} is no model, teacher or transfer: use {nearest(name, tuple(known))}.")
+        model = recipe.models.get(name)
+        zero = model.zero if model else getattr(getattr(recipe.method, "teachers", {}).get(name), "zero", "")
+        if zero and zero_block(zero, f"{known[name]}.zero")["stage"] == 3:
+            raise ValueError(
+                f"--compile {name}: under ZeRO-3 (its {known[name]}.zero {zero}) every layer's weights come and go, which "
+                "leaves nothing to fuse: use ZeRO-2, or leave it out."
+            )
+        if model and model.checkpointing:
+            raise ValueError(
+                f"--compile {name}: {known[name]}.checkpointing computes its layers again one by one: use one of both."
+            )
 
 
 def _check_data(name: str, data: Data, world: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hetero_kt import data, models
 from hetero_kt.checks import split_site, zero_block
+from hetero_kt.compiler import as_written, check_compiler, compile_chosen, forget
 from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks
@@ -56,6 +57,10 @@ def prepare(recipe: Recipe, modules: Mapping[str, nn.Module], train: Mapping[str
     Raises:
         ValueError: one sentence about what does not fit.
     """
+    if recipe.compile:
+        check_compiler(ranks.device)
+        forget()
+        compile_chosen(modules, recipe.compile)
     if isinstance(recipe.method, MergeNet):
         return _prepare_mergenet(recipe, recipe.method, modules, ranks)
     return _prepare_distill(recipe, recipe.method, modules, train, ranks)
@@ -175,7 +180,8 @@ def evaluate(recipe: Recipe, name: str, model: nn.Module, loader: Any, ranks: Ra
     """The metrics of the model called `name` over `loader`. Collective."""
     config = recipe.data[recipe.models[name].data]
     chosen = {"k": config.candidates} if config.candidates else {}
-    return task(recipe, name).evaluate(model, loader, ranks.device, **chosen)
+    with as_written():
+        return task(recipe, name).evaluate(model, loader, ranks.device, **chosen)
 
 
 def seed_by_name(recipe: Recipe, name: str) -> None:
@@ -213,7 +219,8 @@ def evaluate_teachers(
     (model, *_) = recipe.models.values()
     loader = test[model.data]
     teachers = prepared.teachers.items()
-    return {name: classification.evaluate(teacher.logits, loader, ranks.device) for name, teacher in teachers}
+    with as_written():
+        return {name: classification.evaluate(teacher.logits, loader, ranks.device) for name, teacher in teachers}
 
 
 def parameters(module: nn.Module | None) -> int:
@@ -258,6 +265,8 @@ def _prepare_mergenet(recipe: Recipe, method: MergeNet, modules: Mapping[str, nn
             for name, model in recipe.models.items()
         }
         exchange = _exchange(recipe, list(_transfers(recipe, method, engines).values()))
+        if isinstance(exchange, mergenet.Exchange):
+            compile_chosen(exchange.adapters(), recipe.compile)
         return mergenet.MergeNet(learners, exchange, losses, {name: recipe.budget(name) for name in learners})
 
     return Prepared({f"adapter {name}": parameters(adapter) for name, adapter in adapters.items()}, {}, start)
@@ -341,6 +350,7 @@ def _prepare_distill(
                 device=ranks.device,
                 autocast=model.precision != "fp32",
             )
+    compile_chosen({name: teacher.module for name, teacher in teachers.items()}, recipe.compile)
     stored = {
         key: Stored(teacher, _store(recipe, key, teacher, loader), loader)
         for key, teacher in teachers.items()

@@ -1,0 +1,63 @@
+"""`--compile`: the forward and backward of chosen models, teachers and adapters as fused kernels, by torch.compile.
+
+Only what trains is compiled: evaluation runs as it is written, so that neither its mode nor its last, smaller batch is
+compiled for. Weights keep their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hetero_kt.config import Distill, MergeNet, Recipe
+
+FORMS = 64
+"""Compiled forms that torch keeps of one piece of code before it gives up; all modules share the code of their call."""
+
+
+def compilable(recipe: Recipe) -> dict[str, str]:
+    """What `--compile` may name: each with its option."""
+    names = {name: f"--models.{name}" for name in recipe.models}
+    if isinstance(recipe.method, MergeNet):
+        return names | {name: f"--method.transfers.{name}" for name in recipe.method.transfers}
+    assert isinstance(recipe.method, Distill)
+    return names | {name: f"--method.teachers.{name}" for name in recipe.method.teachers}
+
+
+def compile_chosen(modules: Mapping[str, nn.Module], chosen: Collection[str]) -> None:
+    """Compile those of `modules` whose names are `chosen`, at their first call."""
+    for name, module in modules.items():
+        if name in chosen:
+            torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
+            module.compile()
+
+
+def forget() -> None:
+    """Drop what earlier runs of this process have compiled: it belongs to modules that are gone."""
+    torch._dynamo.reset()
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """A context in which nothing is compiled, and nothing compiled runs."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def check_compiler(device: torch.device | str) -> None:
+    """Raise ValueError if this machine has nothing that torch.compile could make kernels with."""
+    if torch.device(device).type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise ValueError("--compile needs Triton for this GPU, which is not installed: leave it out.")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        raise ValueError("--compile needs a C++ compiler (g++) on this machine: install one, or leave it out.") from error
