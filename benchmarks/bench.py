@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
-from measure import Figure, about, absent, cells, draw, read, show
+from measure import Figure, about, absent, between, cells, draw, read, show
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 1200
@@ -126,14 +123,7 @@ def _behind(part: dict[str, Any]) -> dict[str, Any]:
 
 def _run(name: str, part: Part, quick: bool, file: Path) -> tuple[list[Figure], dict[str, Any]]:
     """One part in processes of its own: its figures, and what else its file says."""
-    command = [sys.executable]
-    env = dict(os.environ)
-    if part.ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(part.ranks)]
-        if torch.cuda.device_count() < part.ranks:
-            env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    cores = os.cpu_count() or 1
-    env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // part.ranks))
+    command, env = between(part.ranks)
     command += [str(HERE / part.script), "--json", str(file), *(part.quick if quick else ())]
     file.unlink(missing_ok=True)
     print(f"{name} ...", flush=True)

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,6 +135,18 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def between(ranks: int) -> tuple[list[str], dict[str, str]]:
+    """What starts a script on so many ranks of this machine, and their environment: on its GPUs where there are enough,
+    else on the CPU. One rank is a plain process."""
+    env = dict(os.environ)
+    env["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
+    if ranks == 1:
+        return [sys.executable], env
+    if torch.cuda.device_count() < ranks:
+        env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)], env
 
 
 # --- collectives ---

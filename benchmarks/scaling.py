@@ -215,13 +215,13 @@ def _fits(points: Sequence[dict[str, float]], width: int, ranks: launch.Ranks) -
     return points[-1]["bytes"] * (width / points[-1]["width"]) ** 2 < free / 2
 
 
-def exponent(points: Sequence[dict[str, float]], what: str, first: int) -> float | None:
+def exponent(points: Sequence[dict[str, Any]], what: str, first: int, along: str = "width") -> float | None:
     """p of what ~ width^p, by least squares on logarithms; None with fewer than three points."""
-    used = [(p["width"], p[what]) for p in points if p["width"] >= first and p[what] > 0]
+    used = [(p[along], p[what]) for p in points if p[along] >= first and p[what] > 0]
     if len(used) < 3:
         return None
-    widths, values = (np.log(np.array(column)) for column in zip(*used, strict=True))
-    return float(np.polyfit(widths, values, 1)[0])
+    sizes, values = (np.log(np.array(column)) for column in zip(*used, strict=True))
+    return float(np.polyfit(sizes, values, 1)[0])
 
 
 def layers(points: dict[str, list[dict[str, float]]], name: str, bench: Bench) -> dict[int, int]:
