@@ -4,14 +4,14 @@
     python benchmarks/growth.py --json growth.json --png growth.png
     python benchmarks/growth.py --quick                                    the same path, tiny: times mean nothing
 
-Models are stacks of `depth` layers of w x w weights, each on a DeepSpeed engine of its own. One transfer (gather, adapt,
-write; gather again, learn) comes before one step of all of them; it moves whole matrices (`full`) or their factors of
-rank r (`factor`). Sites are pairs of layers, from the one model into the other; several models stand in a ring, in which
-each teaches the next. Every rank has `rows` rows of its own, so that more ranks are a larger batch.
+Models are stacks of `depth` layers of w x w weights, each on a DeepSpeed engine of its own. One transfer (gather,
+adapt, write; gather again, learn) comes before one step of all of them; it moves whole matrices (`full`) or their
+factors of rank r (`factor`). Sites are pairs of layers, from one model into the other; several models stand in a ring,
+in which each teaches the next. Every rank has `rows` rows of its own, so that more ranks are a larger batch.
 
-Seconds are the processor's, of the first rank, with one thread (on GPUs: the clock's on the wall): neither other work on
-the machine counts, nor ranks that share a core, nor waiting for one another. All ranks begin each part together. Of what
-is sent, a ring moves (n - 1) / n through each of n ranks. A GPU is used where there is one for each rank.
+Seconds are the processor's, of the first rank, with one thread: neither other work on the machine counts, nor ranks
+that share a core, nor waiting for one another. With a GPU for each rank they are the clock's on the wall. All ranks
+begin each part together. Of what is sent, a ring moves (n - 1) / n through each of n ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +46,6 @@ from hetero_kt.methods.mergenet import Exchange, Site, Transfer
 from hetero_kt.nn.reencode import factorise
 from hetero_kt.options import without_local_rank
 
-MODES = ("factor", "full")
 Point = dict[str, Any]
 
 
@@ -66,14 +65,14 @@ class Bench:
     width: int = 256
     rank: int = 16
     """Of factors."""
-    rows: int = 512
+    rows: int = 128
     """Of a step, on each rank."""
     stages: tuple[int, ...] = (1, 3)
     cycle: int = 4
     """Steps to one transfer, where shares are told."""
     share: float = 0.05
     """Of the steps' time: what a transfer may cost."""
-    turns: int = 5
+    turns: int = 3
     quick: bool = False
     """Tiny models, one turn: to see that everything runs."""
     json: str = ""
@@ -102,6 +101,8 @@ def main(bench: Bench, given: Sequence[str]) -> None:
         dist.destroy_process_group()
         return
     points: list[Point] = []
+    if torch.cuda.device_count() < max(bench.ranks):
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # all of a curve on the same device
     for number in bench.ranks:
         command, env = between(number)
         with tempfile.TemporaryDirectory() as folder:
@@ -110,10 +111,9 @@ def main(bench: Bench, given: Sequence[str]) -> None:
             points += json.loads(file.read_text())
     figures = summed_up(points, bench)
     show(points, bench)
-    cores = os.cpu_count()
     what = {"depth": bench.depth, "width": bench.width, "rank": bench.rank, "rows": bench.rows, "cycle": bench.cycle}
-    title = f"a transfer between stacks of {bench.depth} layers of {bench.width} x {bench.width}, {cores} cores"
-    report(title, figures, bench.json, **what, ranks=bench.ranks, points=points)
+    title = f"a transfer between stacks of {bench.depth} layers of {bench.width} x {bench.width}"
+    report(title, figures, bench.json, **what, device=points[0]["device"], ranks=bench.ranks, points=points)
     if bench.png:
         draw(points, bench)
 
@@ -130,25 +130,29 @@ def check(bench: Bench) -> None:
 # --- measuring, on every rank ---
 
 
+def kinds(bench: Bench) -> list[tuple[int, str]]:
+    """(ZeRO stage, what moves) of what is measured; whole matrices at the highest stage alone."""
+    return [*((stage, "factor") for stage in bench.stages), (max(bench.stages), "full")]
+
+
 def measure(bench: Bench, ranks: launch.Ranks) -> list[Point]:
     """All points of this number of ranks. Collective."""
     points = []
-    for stage in bench.stages:
-        for mode in MODES:
-            grown = ranks.world == bench.among
-            wanted = [("sites", 2, sites) for sites in (bench.sites if grown else ())]
-            wanted += [("models", models, bench.usual) for models in (bench.models if grown and mode == "factor" else ())]
-            wanted += [("ranks", 2, bench.usual)]
-            engines = [_engine(bench, stage, mode, seed, ranks) for seed in range(max(m for _, m, _ in wanted))]
-            sides = [_Side(study, engines[:models], sites) for study, models, sites in wanted]
-            x = torch.randn(bench.rows, bench.width, device=ranks.device)
-            for turn in range(-2, bench.turns):  # ZeRO-3 learns its order in the first, the second is counted
-                for side in sides if turn % 2 else reversed(sides):
-                    side.cycle(x, counts=turn == -1, timed=turn >= 0)
-            common = {"stage": stage, "mode": mode, "ranks": ranks.world, "device": ranks.device.type}
-            points += [common | side.point() for side in sides]
-            for engine in engines:
-                engine.destroy()
+    for stage, mode in kinds(bench):
+        grow = ranks.world == bench.among
+        wanted = [(2, sites, False) for sites in sorted({bench.usual, *(bench.sites if grow else ())})]
+        if grow and mode == "factor":
+            wanted += [(models, bench.usual, True) for models in bench.models]
+        engines = [_engine(bench, stage, mode, seed, ranks) for seed in range(max(models for models, *_ in wanted))]
+        sides = [_Side(engines[:models], sites, ring) for models, sites, ring in wanted]
+        x = torch.randn(bench.rows, bench.width, device=ranks.device)
+        for turn in range(-2, bench.turns):  # ZeRO-3 learns its order in the first, the second is counted
+            for side in sides if turn % 2 else reversed(sides):
+                side.cycle(x, turn)
+        where = {"stage": stage, "mode": mode, "ranks": ranks.world, "device": ranks.device.type}
+        points += [where | side.point() for side in sides]
+        for engine in engines:
+            engine.destroy()
     return points
 
 
@@ -163,23 +167,21 @@ def _engine(bench: Bench, stage: int, mode: str, seed: int, ranks: launch.Ranks)
 
 
 class _Side:
-    """So many sites between so many engines: two teach one way, more in a ring."""
+    """So many sites of each engine: the first teaches the second, or each the next one in a ring."""
 
-    def __init__(self, study: str, engines: Sequence[DeepSpeedEngine], sites: int) -> None:
-        self.study, self.engines, self.sites = study, engines, sites
-        # A ring of two is both ways; where only sites or ranks grow, knowledge goes one way.
-        pupils = [*engines[1:], engines[0]] if study == "models" else engines[1:]
+    def __init__(self, engines: Sequence[DeepSpeedEngine], sites: int, ring: bool) -> None:
+        self.engines, self.sites, self.ring = engines, sites, ring
+        pairs = zip(engines, [*engines[1:], *(engines[:1] if ring else ())], strict=not ring)
         weights = [f"{layer}.0.weight" for layer in range(sites)]
-        pairs = [(Site(a, w), Site(b, w)) for a, b in zip(engines, pupils, strict=False) for w in weights]
-        self.exchange = Exchange([Transfer(source, target, cycle=1) for source, target in pairs])
+        self.exchange = Exchange([Transfer(Site(a, w), Site(b, w), cycle=1) for a, b in pairs for w in weights])
         self.ours, self.theirs = Collectives(), Collectives()
         self.seconds: dict[str, list[float]] = {}
-        self.wall: dict[str, list[float]] = {}
+        """By part, one a turn."""
 
-    def cycle(self, x: torch.Tensor, counts: bool, timed: bool) -> None:
+    def cycle(self, x: torch.Tensor, turn: int) -> None:
         """One transfer and one step."""
         self.exchange.step = 1  # not one of those with a measurement of sensitivity
-        if counts:
+        if turn == -1:
             with self.ours:
                 self.exchange.propose()
             with self.theirs:
@@ -194,11 +196,10 @@ class _Side:
             self.step(x)
             turns.stop("step")
             self.exchange.learn()
-        if timed:
-            seconds = turns.wall if x.is_cuda else turns.processor
-            for found, kept in ((seconds, self.seconds), (turns.wall, self.wall)):
-                for name, times in found.items():
-                    kept.setdefault(name, []).append(sum(times))
+        seconds = turns.wall if x.is_cuda else turns.processor
+        wall = {f"{part} on the wall": times for part, times in turns.wall.items()}
+        for part, times in {**seconds, **wall}.items() if turn >= 0 else ():
+            self.seconds.setdefault(part, []).append(sum(times))
 
     def step(self, x: torch.Tensor) -> None:
         for engine in self.engines:
@@ -207,21 +208,19 @@ class _Side:
             engine.step()
 
     def point(self) -> Point:
-        ring = (dist.get_world_size() - 1) / dist.get_world_size()
-        medians = {name: statistics.median(times) for name, times in self.seconds.items()}
-        wall = {f"{name}_wall": statistics.median(times) for name, times in self.wall.items()}
+        medians = {part: statistics.median(times) for part, times in self.seconds.items()}
+        passed = 1 - 1 / dist.get_world_size()
         return {
-            "study": self.study,
             "models": len(self.engines),
             "sites": self.sites,
+            "ring": self.ring,
             "transfers": len(self.exchange.paths),
-            **medians,
-            **wall,
             "transfer": medians["gather"] + medians["adapter"],
+            **medians,
             "calls": dict(self.ours.calls),
             "held": dict(self.ours.bytes),
-            "sent": ring * self.ours.volume(),
-            "engines_send": ring * self.theirs.volume(),
+            "sent": passed * self.ours.volume(),
+            "engines send": passed * self.theirs.volume(),
         }
 
 
@@ -248,8 +247,8 @@ def in_parts(turns: Turns) -> Iterator[None]:
 
 def expected(point: Point, bench: Bench) -> tuple[dict[str, int], dict[str, int]]:
     """(calls, bytes that every rank holds afterwards) of one transfer, by the collective's name: at ZeRO-3 a gather of
-    every weight that takes part before the step and one of the targets after it; between ranks, the first one's proposals
-    with a verdict on each; nothing else."""
+    every weight that takes part before the step and one of the targets after it; between ranks, the first one's
+    proposals with a verdict on each; nothing else."""
     values = bench.width * (bench.rank if point["mode"] == "factor" else bench.width)
     calls, held = {}, {}
     if point["stage"] == 3:
@@ -261,41 +260,48 @@ def expected(point: Point, bench: Bench) -> tuple[dict[str, int], dict[str, int]
 
 
 def layers(point: Point, bench: Bench) -> int:
-    """Layers of the models, for each site, with which a transfer in a cycle costs no more than the share of its steps."""
+    """Layers of all models together, to each transfer between two of them, with which transfers in a cycle cost no more
+    than the share of its steps."""
     layer = point["step"] / (point["models"] * bench.depth)
     return math.ceil(point["transfer"] / point["transfers"] / (bench.share * bench.cycle * layer))
 
 
-def of(points: Sequence[Point], study: str, stage: int, mode: str) -> list[Point]:
-    """One curve."""
-    return [p for p in points if (p["study"], p["stage"], p["mode"]) == (study, stage, mode)]
-
-
 def curves(points: Sequence[Point], study: str, bench: Bench) -> dict[str, list[Point]]:
     """Every curve of a study that there is, by its name."""
-    found = {f"ZeRO-{s} {mode}": of(points, study, s, mode) for mode in MODES for s in bench.stages}
-    return {name: curve for name, curve in found.items() if curve}
+    belongs: dict[str, Callable[[Point], bool]] = {
+        "sites": lambda p: not p["ring"] and p["ranks"] == bench.among,
+        "models": lambda p: p["ring"],
+        "ranks": lambda p: not p["ring"] and p["sites"] == bench.usual,
+    }
+    found: dict[str, list[Point]] = {}
+    for point in filter(belongs[study], points):
+        found.setdefault(f"ZeRO-{point['stage']} {point['mode']}", []).append(point)
+    return found
 
 
 def summed_up(points: Sequence[Point], bench: Bench) -> list[Figure]:
-    """Counts beside what they should be, exponents, and crossovers."""
+    """Counts beside what they should be, exponents, crossovers."""
     odd = [p for p in points if (p["calls"], p["held"]) != expected(p, bench)]
-    names = ", ".join(f"{p['study']} ZeRO-{p['stage']} {p['mode']} {p['sites']}" for p in odd)
-    beside = "2 gathers at ZeRO-3, 1 broadcast between ranks, their bytes"
-    figures = [Figure(f"of {len(points)} points, with other counts", len(odd), "", beside, 0, exact=True, note=names)]
+    told = ", ".join(f"{p['calls']} of {p['held']} B at ZeRO-{p['stage']} {p['mode']}, {p['sites']} sites" for p in odd)
+    beside = "2 gathers at ZeRO-3, 1 broadcast between ranks"
+    figures = [Figure(f"points of {len(points)} with other counts", len(odd), "", beside, 0, exact=True, note=told)]
     for study in ("sites", "models"):
         for name, curve in curves(points, study, bench).items():
-            for what in ("transfer", "gather", "adapter"):
-                power = exponent(curve, what, 1, along=study)
-                if power is not None:
-                    at = f"{study} {curve[0][study]} to {curve[-1][study]}"
-                    figures.append(Figure(f"{what}'s time ~ {study}^p, {name}", power, "", at))
+            powers = {what: exponent(curve, what, 1, along=study) for what in ("transfer", "gather", "adapter")}
+            if powers["transfer"] is not None:
+                parts = f"gathers {powers['gather']:.2f}, adapters {powers['adapter']:.2f}"
+                what = f"p of a transfer's time ~ {study}^p, {name}"
+                figures.append(
+                    Figure(what, powers["transfer"], "", f"{parts}, {curve[0][study]} to {curve[-1][study]}")
+                )
     for name, curve in curves(points, "sites", bench).items():
-        led = next((p["sites"] for p in curve if p["adapter"] > p["gather"]), None)
-        note = "never" if led is None else ""
-        figures.append(Figure(f"adapters above gathers, {name}", led or math.nan, "sites", "and more", note=note))
-        told = f"{100 * bench.share:.0f} % of {bench.cycle} steps of {bench.rows} rows"
-        figures.append(Figure(f"layers for each site, {name}", layers(curve[-1], bench), "", told))
+        led = next((p["sites"] for p in curve if p["adapter"] > p["gather"]), math.nan)
+        figures.append(Figure(f"adapters take longer than gathers from, {name}", led, "site(s)", "time of either"))
+    for name, curve in curves(points, "sites", bench).items():
+        first, last = curve[0], curve[-1]
+        what = f"layers to a site, {last['sites']} sites, {name}"
+        beside = f"{100 * bench.share:.0f} % of {bench.cycle} steps; at {first['sites']} site(s) {layers(first, bench)}"
+        figures.append(Figure(what, layers(last, bench), "", beside))
     return figures
 
 
@@ -303,29 +309,33 @@ def show(points: Sequence[Point], bench: Bench) -> None:
     """A table for each study."""
     console = Console(width=150)
     for study in ("sites", "models", "ranks"):
-        where = "" if study == "ranks" else f", {bench.among} ranks"
-        table = Table(title=f"one transfer as {study} grow{where}", title_justify="left")
-        headings = (study, "transfer ms", "gather", "adapter", "on the wall", "steps' %", "layers a site")
-        for heading in ("", *headings, "collectives", "held after", "sent a rank", "engines' %"):
-            table.add_column(heading, justify="right" if heading else "left")
+        rest = {"sites": "one model teaches another", "models": f"a ring, {bench.usual} sites each"}
+        rest["ranks"] = f"one model teaches another at {bench.usual} sites"
+        on = "" if study == "ranks" else f", {bench.among} ranks"
+        table = Table(title=f"one transfer as {study} grow: {rest[study]}{on}", title_justify="left")
+        times = ("transfer ms", "gathers", "adapters", "% of steps", "layers to a site")
+        for heading in ("", study, *times, "gathers + broadcasts", "held after B", "sent a rank B", "% of engines'"):
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
         for name, curve in curves(points, study, bench).items():
-            for p in curve:
-                table.add_row(name, *cells(p, study, bench))
+            for point in curve:
+                table.add_row(name, *cells(point, study, bench))
             table.add_section()
         console.print(table)
-    if max(bench.ranks) > (os.cpu_count() or 1) and {p["device"] for p in points} == {"cpu"}:
-        console.print(f"More ranks than cores ({os.cpu_count()}) take turns on them: on the wall, that is what shows.")
+    cores = os.cpu_count() or 1
+    if max(bench.ranks) > cores and points[0]["device"] == "cpu":
+        console.print(
+            f"More ranks than {cores} cores take turns: ms are one rank's own work, and not what one waits for."
+        )
 
 
 def cells(p: Point, study: str, bench: Bench) -> list[str]:
     """A point as a row of its table."""
+    times = [f"{1e3 * p[part]:.2f}" for part in ("transfer", "gather", "adapter")]
     share = 100 * p["transfer"] / (bench.cycle * p["step"])
-    calls = ", ".join(f"{n} {name}" for name, n in sorted(p["calls"].items())) or "none"
-    sent = 100 * p["sent"] / (bench.cycle * p["engines_send"]) if p["engines_send"] else 0.0
-    wall = p["gather_wall"] + p["adapter_wall"]
-    times = [f"{1e3 * seconds:.2f}" for seconds in (p["transfer"], p["gather"], p["adapter"], wall)]
-    held = f"{sum(p['held'].values()):,} B"
-    return [str(p[study]), *times, f"{share:.1f}", str(layers(p, bench)), calls, held, f"{p['sent']:,.0f} B", f"{sent:.1f}"]
+    calls = " + ".join(str(p["calls"].get(name, 0)) for name in ("allgather", "broadcast"))
+    sent = f"{100 * p['sent'] / (bench.cycle * p['engines send']):.2f}" if p["engines send"] else ""
+    moved = f"{sum(p['held'].values()):,}", f"{p['sent']:,.0f}", sent
+    return [str(p[study]), *times, f"{share:.1f}", str(layers(p, bench)), calls, *moved]
 
 
 def draw(points: Sequence[Point], bench: Bench) -> None:

@@ -71,8 +71,7 @@ class Exchange:
         _check_targets(self.paths)
         if dist.is_initialized() and dist.get_world_size() > 1:
             for adapter in self.adapters().values():  # equal seeds are equal values only on equal hardware
-                for tensor in (*adapter.parameters(), *adapter.buffers()):
-                    dist.broadcast(tensor.data, 0)
+                _as_on_first_rank([tensor.data for tensor in (*adapter.parameters(), *adapter.buffers())])
         self._due: list[_Path] = []
 
     def propose(self) -> None:
@@ -396,6 +395,15 @@ def _derangement(size: int, seed: int) -> Tensor:
     moved = torch.empty_like(order)
     moved[order] = order.roll(1)
     return moved
+
+
+def _as_on_first_rank(tensors: Sequence[Tensor]) -> None:
+    """In place, in one broadcast."""
+    if tensors:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.broadcast(flat, 0)
+        for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(values.view_as(tensor))
 
 
 def _follow_first_rank(paths: Sequence[_Path]) -> None:
