@@ -103,10 +103,10 @@ def main(bench: Bench, given: Sequence[str]) -> None:
     points: list[Point] = []
     if torch.cuda.device_count() < max(bench.ranks):
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # all of a curve on the same device
-    for number in bench.ranks:
-        command, env = between(number)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "points.json"
+    with tempfile.TemporaryDirectory() as folder:
+        for number in bench.ranks:
+            command, env = between(number)
+            file = Path(folder) / f"{number}.json"
             subprocess.run([*command, __file__, *given, "--points", str(file)], env=env, check=True)
             points += json.loads(file.read_text())
     figures = summed_up(points, bench)
@@ -171,7 +171,8 @@ class _Side:
 
     def __init__(self, engines: Sequence[DeepSpeedEngine], sites: int, ring: bool) -> None:
         self.engines, self.sites, self.ring = engines, sites, ring
-        pairs = zip(engines, [*engines[1:], *(engines[:1] if ring else ())], strict=not ring)
+        pupils = [*engines[1:], engines[0]] if ring else engines[1:]
+        pairs = zip(engines, pupils, strict=False)
         weights = [f"{layer}.0.weight" for layer in range(sites)]
         self.exchange = Exchange([Transfer(Site(a, w), Site(b, w), cycle=1) for a, b in pairs for w in weights])
         self.ours, self.theirs = Collectives(), Collectives()
