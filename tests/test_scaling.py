@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import growth
 import scaling
@@ -136,7 +135,7 @@ def test_growth_s_options_that_do_not_fit_are_one_sentence(options: growth.Bench
 @pytest.mark.slow
 def test_growth_starts_its_ranks_and_writes_its_files(tmp_path: Path) -> None:
     file, picture = tmp_path / "growth.json", tmp_path / "growth.png"
-    command = [sys.executable, str(BENCHMARKS / "growth.py"), "--quick", "--json", str(file), "--png", str(picture)]
+    command = [sys.executable, growth.__file__, "--quick", "--json", str(file), "--png", str(picture)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stderr[-3000:]
     content = json.loads(file.read_text())
