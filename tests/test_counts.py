@@ -88,10 +88,10 @@ KNOWN: dict[tuple[str, int], dict[int, Counts]] = {
         MUTUAL: Counts(collectives=1, bytes=9224, reads=2, operators=1278, nodes=616, deepspeed=6),
     },
     ("mergenet", 3): {
-        ONE: Counts(collectives=3, bytes=8452, reads=1, operators=592, nodes=272, deepspeed=6),
-        INTERVAL: Counts(collectives=5, bytes=24852, reads=4, operators=706, nodes=272, deepspeed=6),
+        ONE: Counts(collectives=3, bytes=8452, reads=1, operators=588, nodes=272, deepspeed=6),
+        INTERVAL: Counts(collectives=5, bytes=24852, reads=4, operators=702, nodes=272, deepspeed=6),
         QUIET: Counts(collectives=0, bytes=0, reads=0, operators=0, nodes=0, deepspeed=6),
-        MUTUAL: Counts(collectives=3, bytes=33288, reads=2, operators=1297, nodes=544, deepspeed=6),
+        MUTUAL: Counts(collectives=3, bytes=33288, reads=2, operators=1285, nodes=544, deepspeed=6),
     },
     ("fbt", 1): {
         INTERVAL: Counts(collectives=2, bytes=40, reads=2, operators=382, nodes=310, deepspeed=8),

@@ -222,8 +222,8 @@ def _gather(parameters: list[Any], own: list[Tensor], traffic: Traffic | None) -
         traffic.bytes += everything.numel() * everything.element_size()
     whole, start = [], 0
     for parameter, piece in zip(parameters, pieces, strict=True):
-        columns = everything[:, start : start + piece.numel()].reshape(-1)
-        whole.append(columns[: parameter.ds_numel].reshape(parameter.ds_shape).clone())
+        columns = everything[:, start : start + piece.numel()].clone(memory_format=torch.contiguous_format)
+        whole.append(columns.view(-1)[: parameter.ds_numel].view(parameter.ds_shape))
         start += piece.numel()
     return whole
 
