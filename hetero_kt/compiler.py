@@ -6,7 +6,7 @@ compiled for. Weights keep their names.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -41,6 +41,11 @@ def forget() -> None:
     torch._dynamo.reset()
 
 
+def on_compiling(told: Callable[[], None]) -> None:
+    """Call `told` whenever something begins to be compiled, until `forget`."""
+    torch._dynamo.callback.on_compile_start(lambda _: told())
+
+
 def as_written() -> AbstractContextManager[Any]:
     """A context in which nothing is compiled, and nothing compiled runs."""
     return torch.compiler.set_stance("force_eager")
@@ -60,4 +65,6 @@ def check_compiler(device: torch.device | str) -> None:
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError) as error:
-        raise ValueError("--compile needs a C++ compiler (g++) on this machine: install one, or leave it out.") from error
+        raise ValueError(
+            "--compile needs a C++ compiler (g++) on this machine: install one, or leave it out."
+        ) from error

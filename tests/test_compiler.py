@@ -27,7 +27,11 @@ DIGITS = ("--variant", "digits")
     ("launcher", "arguments", "words"),
     [
         (MERGENET, ("--compile", "resnet50"), ("--compile resnet50", "use resnet,")),
-        (MERGENET, ("--compile", "resnet", "--models.resnet.zero", "ds_configs/zero3.json"), ("under ZeRO-3", "ZeRO-2")),
+        (
+            MERGENET,
+            ("--compile", "resnet", "--models.resnet.zero", "ds_configs/zero3.json"),
+            ("under ZeRO-3", "ZeRO-2"),
+        ),
         (DISTILL, ("--compile", "student", "--models.student.checkpointing"), ("checkpointing", "use one of both")),
         (
             DISTILL,
