@@ -38,6 +38,11 @@ DIGITS = ("--variant", "digits")
             ("--compile", "teacher", "--method.teachers.teacher.zero", "ds_configs/zero3.json"),
             ("under ZeRO-3", "--method.teachers.teacher.zero"),
         ),
+        (
+            DISTILL,
+            ("--compile", "teacher", "--method.teachers.teacher.logits", "stored"),
+            ("--method.teachers.teacher.logits stored", "use one of both"),
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_by_its_option(

@@ -9,13 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from deepspeed import zero
 from ranks import RankPool
 from small import PLAIN, SITES, build_pair, loss
@@ -239,8 +237,8 @@ def test_a_teacher_in_channels_last_says_what_the_contiguous_one_says(
 # --- a compiled adapter ---
 
 
-def learnt(device: str, chosen: tuple[str, ...], backend: str, control: str = "transfer") -> dict[str, Any]:
-    """Proposals and parameters of adapters whose targets a plain optimizer trains, and the graphs that were compiled."""
+def learnt(device: str, chosen: tuple[str, ...], backend: str) -> dict[str, Any]:
+    """Proposals and parameters of adapters whose targets plain optimizers train, and how many graphs were compiled."""
     from torch._dynamo.utils import counters
 
     compiler.forget()
