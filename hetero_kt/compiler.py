@@ -6,6 +6,8 @@ compiled for. Weights keep their names.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -58,6 +60,8 @@ def check_compiler(device: torch.device | str) -> None:
 
         if not has_triton():
             raise ValueError("--compile needs Triton for this GPU, which is not installed: leave it out.")
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            raise ValueError("--compile needs a C compiler (gcc) for Triton: install one, or leave it out.")
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
