@@ -86,10 +86,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any, path: list[str], gpu: bo
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    if gpu:
-        os.environ.pop("DS_ACCELERATOR", None)  # which tests set for themselves
-    else:
-        os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"DS_ACCELERATOR": "cuda"} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     import torch
 
     from hetero_kt.distributed import launch

@@ -38,7 +38,7 @@ def on(ranks: Any) -> Iterator[Callable[..., Any]]:
     on_gpu = RankPool(1, gpu=True)
 
     def run(device: str, body: Callable[..., Any], *args: Any) -> Any:
-        (found,) = (ranks(1) if device == "cpu" else on_gpu).run(body, device, *args)
+        (found,) = (ranks(1) if device == "cpu" else on_gpu).run(body, device, *args, timeout=900)
         return found
 
     yield run
@@ -73,7 +73,8 @@ def beside_plain_autocast(device: str, stage: int) -> dict[str, Any]:
     optimizers = {id(model): build_optimizer(model, SGD) for model in (plain, full)}
     for step in range(STEPS):
         x, y = rows(device, step)
-        value = nn.functional.cross_entropy(engine(x).float(), y)
+        answers = engine(x)
+        value = nn.functional.cross_entropy(answers.float(), y)
         engine.backward(value)
         engine.step()
         found["losses"].append(value.item())
@@ -87,6 +88,7 @@ def beside_plain_autocast(device: str, stage: int) -> dict[str, Any]:
             found[name].append(value.item())
         found["statistics"].append(norms(engine.module))
         found["plain statistics"].append(norms(plain))
+    found["computed in"] = answers.dtype
     engine.destroy()
     return {key: _on_cpu(value) for key, value in found.items()}
 
@@ -104,16 +106,19 @@ def _on_cpu(tree: Any) -> Any:
 def test_batch_norm_under_autocast_is_that_of_plain_autocast(on: Any, device: str, stage: int) -> None:
     found = on(device, beside_plain_autocast, stage)
     first, *_ = found["losses"]
-    assert first == pytest.approx(found["plain"][0], rel=1e-5), "the same weights, computed alike"
-    assert abs(first - found["full"][0]) > 1e-4 * first, "in bf16, or two runs would be alike without autocast"
+    assert found["computed in"] == torch.bfloat16
+    close = 1e-5 if device == "cpu" else 2e-3  # a GPU may choose another kernel for weights that lie elsewhere
+    assert first == pytest.approx(found["plain"][0], rel=close), "the same weights, computed alike"
+    if device == "cpu":
+        assert abs(first - found["full"][0]) > 10 * close * first, "or two runs would be alike without autocast"
     assert found["losses"] == pytest.approx(found["plain"], rel=2e-2)  # DeepSpeed reduces gradients in bf16
     assert found["losses"][-1] < 0.8 * first, "it learns"
     for step, (ours, theirs) in enumerate(zip(found["statistics"], found["plain statistics"], strict=True)):
         assert ours.keys() == theirs.keys() != set()
         for name, statistic in ours.items():
             assert statistic.dtype == torch.float32, name
-            close = {"rtol": 1e-5, "atol": 1e-6} if step == 0 else {"rtol": 5e-2, "atol": 2e-2}
-            torch.testing.assert_close(statistic, theirs[name], **close)
+            bounds = {"rtol": close, "atol": close} if step == 0 else {"rtol": 5e-2, "atol": 2e-2}
+            torch.testing.assert_close(statistic, theirs[name], **bounds)
             assert not torch.equal(statistic, statistic.bfloat16().float()), f"{name} is no more precise than bf16"
 
 
@@ -244,7 +249,9 @@ def learnt(device: str, chosen: tuple[str, ...], backend: str) -> dict[str, Any]
     compiler.forget()
     counters.clear()
     pair = {name: module.to(device) for name, module in build_pair(batch_norm=False).items()}
-    exchange = exchange_of(pair, optim=Optim("adamw", lr=1e-2, clip=1.0))
+    # Not Adam, which makes whole steps of what is rounding alone, as the gradients of the keys' biases are.
+    exchange = exchange_of(pair, optim=Optim("sgd", lr=0.1, weight_decay=0.0, clip=1.0))
+    begun = {name: copy.deepcopy(_on_cpu(dict(one.state_dict()))) for name, one in exchange.adapters().items()}
     optimizers = [build_optimizer(module, SGD) for module in pair.values()]
     proposals = []
     with torch.compiler.set_stance("default", force_backend=None if backend == "inductor" else backend):
@@ -261,7 +268,7 @@ def learnt(device: str, chosen: tuple[str, ...], backend: str) -> dict[str, Any]
     graphs = counters["stats"]["unique_graphs"]
     compiler.forget()
     adapters = {name: _on_cpu(dict(adapter.state_dict())) for name, adapter in exchange.adapters().items()}
-    return {"proposals": proposals, "adapters": adapters, "graphs": graphs}
+    return {"proposals": proposals, "begun": begun, "adapters": adapters, "graphs": graphs}
 
 
 @pytest.mark.parametrize(
@@ -278,15 +285,19 @@ def test_a_compiled_adapter_proposes_and_learns_what_the_plain_one_does(on: Any,
     assert plain["graphs"] == 0
     assert compiled["graphs"] == 1, "the adapter is one piece"
     close = 1e-2 if device == "cuda" else 1e-4
-    start, end = (plain["proposals"][i]["to_conv"] for i in (0, -1))
-    assert (end - start).abs().max() > 10 * close * end.abs().max(), "it learns, or two would be alike without"
     for ours, theirs in zip(compiled["proposals"], plain["proposals"], strict=True):
         for name, proposal in theirs.items():
             assert (ours[name] - proposal).abs().max() < close * proposal.abs().max()
     for name, state in plain["adapters"].items():
-        assert compiled["adapters"][name].keys() == state.keys()
+        begun, ended = plain["begun"][name], compiled["adapters"][name]
+        assert ended.keys() == state.keys()
+        moved = max((value - begun[key]).abs().max() for key, value in state.items())
+        assert moved > 0, "it learns, or two would be alike without"
         for key, value in state.items():
-            torch.testing.assert_close(compiled["adapters"][name][key], value, rtol=10 * close, atol=close)
+            assert (ended[key] - value).abs().max() < close * moved, key
+
+
+# --- whole runs ---
 
 
 def losses(
@@ -329,3 +340,22 @@ def test_fbt_on_a_gpu_equals_the_one_on_the_cpu(tmp_path: Path, stage: int, vari
     off, cpu = losses(tmp_path / "cpu", False, *options, **same)
     assert (on != "cpu", off) == (True, "cpu")
     assert gpu == pytest.approx(cpu, rel=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("launcher", "name", "chosen", "options"),
+    [
+        ("cifar_mergenet.py", "mobilenetv2/loss", ("resnet50", "mobilenetv2"), ()),
+        ("cifar_fbt.py", "total_loss", ("student", "teacher"), ("--models.student.precision", "fp32")),
+    ],
+)
+def test_a_compiled_run_on_a_gpu_has_the_losses_of_the_run_as_written(
+    tmp_path: Path, launcher: str, name: str, chosen: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    """Models alone, since a compiled adapter draws other dropout."""
+    same = {"launcher": launcher, "name": name}
+    _, written = losses(tmp_path / "written", True, *options, **same)
+    _, compiled = losses(tmp_path / "compiled", True, *options, "--compile", *chosen, **same)
+    assert len(written) == 4
+    assert compiled == pytest.approx(written, rel=1e-2)
