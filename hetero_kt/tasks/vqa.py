@@ -78,8 +78,8 @@ def evaluate(
             states_BLD = model(pictures, ids_BL, mask_BL, about=about_B)
             candidates_BC = _likely(model, states_BLD, mask_BL, tokens, k)
             golds_BG, shares_BG = golds_SG[samples_B], shares_SG[samples_B]
-            # Of a long list golds are scored besides, likely ones once more: how many are not likely differs between
-            # ranks, whose forwards have to be alike.
+            # Of a short list golds are candidates, as all are. Of a long one they are scored besides, likely ones once
+            # more: how many are not likely differs between ranks, whose forwards have to be alike.
             extra_BG = golds_BG[:, :0] if k >= len(tokens.ids_KT) else golds_BG
             scores = _log_probabilities(model, states_BLD, mask_BL, tokens, torch.cat([candidates_BC, extra_BG], 1))
             scores_BC, scores_BG = scores.split([candidates_BC.shape[1], extra_BG.shape[1]], 1)
