@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from refusal import assert_refused, start
-from torch import nn
+from torch import Tensor, nn
 
 from hetero_kt import compiler
 from hetero_kt.config import Recipe
@@ -126,7 +126,8 @@ def traced_run(base: Recipe) -> tuple[bytes, set[int], list[str]]:
 
     def backend(graph: Any, _: Any) -> Callable[..., Any]:
         def called(*given: Any) -> Any:
-            rows.update(len(t) for t in given if t.dim() == 4 and not isinstance(t, nn.Parameter))
+            tensors = [t for t in given if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+            rows.update(len(t) for t in tensors if t.dim() == 4)
             return graph(*given)
 
         return called
