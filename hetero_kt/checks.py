@@ -104,16 +104,20 @@ def _check_compiled(recipe: Recipe) -> None:
     for name in recipe.compile:
         if name not in known:
             raise ValueError(f"--compile {name} is no model, teacher or transfer: use {nearest(name, tuple(known))}.")
-        model = recipe.models.get(name)
-        zero = model.zero if model else getattr(getattr(recipe.method, "teachers", {}).get(name), "zero", "")
+        model, teacher = recipe.models.get(name), getattr(recipe.method, "teachers", {}).get(name)
+        zero = model.zero if model else getattr(teacher, "zero", "")
         if zero and zero_block(zero, f"{known[name]}.zero")["stage"] == 3:
             raise ValueError(
-                f"--compile {name}: under ZeRO-3 (its {known[name]}.zero {zero}) every layer's weights come and go, which "
-                "leaves nothing to fuse: use ZeRO-2, or leave it out."
+                f"--compile {name}: under ZeRO-3 (its {known[name]}.zero {zero}) every layer's weights come and go, "
+                "which leaves nothing to fuse: use ZeRO-2, or leave it out."
             )
         if model and model.checkpointing:
             raise ValueError(
                 f"--compile {name}: {known[name]}.checkpointing computes its layers again one by one: use one of both."
+            )
+        if teacher and teacher.logits == "stored":
+            raise ValueError(
+                f"--compile {name}: with {known[name]}.logits stored it runs before training alone: use one of both."
             )
 
 

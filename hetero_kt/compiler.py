@@ -6,7 +6,9 @@ compiled for. Weights keep their names.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -41,6 +43,11 @@ def forget() -> None:
     torch._dynamo.reset()
 
 
+def on_compiling(told: Callable[[], None]) -> None:
+    """Call `told` whenever something begins to be compiled, until `forget`."""
+    torch._dynamo.callback.on_compile_start(lambda _: told())
+
+
 def as_written() -> AbstractContextManager[Any]:
     """A context in which nothing is compiled, and nothing compiled runs."""
     return torch.compiler.set_stance("force_eager")
@@ -53,6 +60,8 @@ def check_compiler(device: torch.device | str) -> None:
 
         if not has_triton():
             raise ValueError("--compile needs Triton for this GPU, which is not installed: leave it out.")
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            raise ValueError("--compile needs a C compiler (gcc) for Triton: install one, or leave it out.")
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -60,4 +69,6 @@ def check_compiler(device: torch.device | str) -> None:
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError) as error:
-        raise ValueError("--compile needs a C++ compiler (g++) on this machine: install one, or leave it out.") from error
+        raise ValueError(
+            "--compile needs a C++ compiler (g++) on this machine: install one, or leave it out."
+        ) from error

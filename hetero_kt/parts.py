@@ -60,7 +60,6 @@ def prepare(recipe: Recipe, modules: Mapping[str, nn.Module], train: Mapping[str
     if recipe.compile:
         check_compiler(ranks.device)
         forget()
-        compile_chosen(modules, recipe.compile)
     if isinstance(recipe.method, MergeNet):
         return _prepare_mergenet(recipe, recipe.method, modules, ranks)
     return _prepare_distill(recipe, recipe.method, modules, train, ranks)
@@ -265,6 +264,7 @@ def _prepare_mergenet(recipe: Recipe, method: MergeNet, modules: Mapping[str, nn
             for name, model in recipe.models.items()
         }
         exchange = _exchange(recipe, list(_transfers(recipe, method, engines).values()))
+        compile_chosen(modules, recipe.compile)
         if isinstance(exchange, mergenet.Exchange):
             compile_chosen(exchange.adapters(), recipe.compile)
         return mergenet.MergeNet(learners, exchange, losses, {name: recipe.budget(name) for name in learners})
@@ -350,7 +350,6 @@ def _prepare_distill(
                 device=ranks.device,
                 autocast=model.precision != "fp32",
             )
-    compile_chosen({name: teacher.module for name, teacher in teachers.items()}, recipe.compile)
     stored = {
         key: Stored(teacher, _store(recipe, key, teacher, loader), loader)
         for key, teacher in teachers.items()
@@ -390,6 +389,7 @@ def _prepare_distill(
             learners[objective.name] = _learner(recipe, name, aside, ranks, kept=False)
         for teacher in teachers.values():
             teacher.start()
+        compile_chosen({**modules, **{name: teacher.module for name, teacher in teachers.items()}}, recipe.compile)
         return distill.Distillation(
             learners,
             objective,

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from hetero_kt import parts, plan, report
 from hetero_kt.checks import check
+from hetero_kt.compiler import on_compiling
 from hetero_kt.config import Recipe, flat
 from hetero_kt.data import Loader, Unreadable
 from hetero_kt.distributed import launch, layout
@@ -151,6 +152,8 @@ def _run(
         prepared.fill()
     torch.manual_seed(recipe.seed * 100_003 + 1 + ranks.rank)  # dropout differs between ranks, weights do not
     method = prepared.start()
+    if recipe.compile:
+        on_compiling(lambda: pulse.long("compiling"))
     trainer = Trainer(
         recipe,
         method,

@@ -1,4 +1,4 @@
-"""Ranks for tests: processes that start once, join a gloo group and then run one function after another."""
+"""Ranks for tests: processes that start once, join a group and then run one function after another."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from hetero_kt.distributed.launch import free_port
 
 
 class RankPool:
-    """`world` processes in one gloo group; `run(f, *args)` calls `f(*args)` on all of them.
+    """`world` processes in one group; `run(f, *args)` calls `f(*args)` on all of them.
+
+    They compute on the CPU, or with `gpu` each on a GPU of its own.
 
     A function and its arguments travel by pickle, so `f` is a module-level function of a test file. The pool starts
     again by itself after a call that failed or hung, since its ranks may have stopped at different collectives.
     """
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, gpu: bool = False) -> None:
+        self.world, self.gpu = world, gpu
         self.processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
@@ -58,7 +60,8 @@ class RankPool:
         self.pipes, self.processes = [], []
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, port, theirs, sys.path), daemon=True)
+            args = (rank, self.world, port, theirs, sys.path, self.gpu)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -72,7 +75,7 @@ class RankPool:
         self.processes = []
 
 
-def _serve(rank: int, world: int, port: int, pipe: Any, path: list[str]) -> None:
+def _serve(rank: int, world: int, port: int, pipe: Any, path: list[str], gpu: bool) -> None:
     sys.path[:] = path
     os.environ |= {
         "RANK": str(rank),
@@ -81,10 +84,9 @@ def _serve(rank: int, world: int, port: int, pipe: Any, path: list[str]) -> None
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
+    os.environ |= {"DS_ACCELERATOR": "cuda"} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     import torch
 
     from hetero_kt.distributed import launch

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -123,6 +124,21 @@ def test_bits_that_are_drawn_again_are_those_that_would_be_kept(monkeypatch: pyt
         torch.rand(5)  # the stream goes on before the backward
         found.append([*with_gradients(out, inputs), torch.get_rng_state()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_compiler_sees_one_graph_of_torch_s_own(dropout: float) -> None:
+    """In which nothing is cut into blocks, and which draws its own dropout."""
+    inputs = matrices(3, 6, 11, 2)
+    traced = torch.compile(attention, backend="eager", fullgraph=True)
+    torch.manual_seed(1)
+    ours = with_gradients(traced(*inputs, dropout), inputs)
+    torch.manual_seed(1)
+    expected = F.scaled_dot_product_attention(*(x[None] for x in inputs), dropout_p=dropout)[0]
+    for one, other in zip(ours, with_gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(one, other)
+    if not dropout:
+        torch.testing.assert_close(ours[0], attention(*inputs))
 
 
 def test_the_scores_are_never_there_at_once() -> None:

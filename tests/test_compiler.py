@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from refusal import assert_refused, start
-from torch import nn
+from torch import Tensor, nn
 
 from hetero_kt import compiler
+from hetero_kt.config import Recipe
+from hetero_kt.distributed.heartbeat import Heartbeat
+from hetero_kt.options import Options
 
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
 MERGENET = LAUNCHERS / "cifar_mergenet.py"
@@ -27,12 +33,21 @@ DIGITS = ("--variant", "digits")
     ("launcher", "arguments", "words"),
     [
         (MERGENET, ("--compile", "resnet50"), ("--compile resnet50", "use resnet,")),
-        (MERGENET, ("--compile", "resnet", "--models.resnet.zero", "ds_configs/zero3.json"), ("under ZeRO-3", "ZeRO-2")),
+        (
+            MERGENET,
+            ("--compile", "resnet", "--models.resnet.zero", "ds_configs/zero3.json"),
+            ("under ZeRO-3", "ZeRO-2"),
+        ),
         (DISTILL, ("--compile", "student", "--models.student.checkpointing"), ("checkpointing", "use one of both")),
         (
             DISTILL,
             ("--compile", "teacher", "--method.teachers.teacher.zero", "ds_configs/zero3.json"),
             ("under ZeRO-3", "--method.teachers.teacher.zero"),
+        ),
+        (
+            DISTILL,
+            ("--compile", "teacher", "--method.teachers.teacher.logits", "stored"),
+            ("--method.teachers.teacher.logits stored", "use one of both"),
         ),
     ],
 )
@@ -53,6 +68,21 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", nothing)
     with pytest.raises(ValueError, match="C\\+\\+ compiler"):
         compiler.check_compiler("cpu")
+
+
+def test_a_gpu_without_a_c_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import _triton
+
+    monkeypatch.setattr(_triton, "has_triton", lambda: True)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ValueError, match="C compiler \\(gcc\\)"):
+        compiler.check_compiler("cuda")
+    monkeypatch.setenv("CC", "cc")
+    compiler.check_compiler("cuda")
+    monkeypatch.setattr(_triton, "has_triton", lambda: False)
+    with pytest.raises(ValueError, match="Triton"):
+        compiler.check_compiler("cuda")
 
 
 @pytest.fixture
@@ -86,6 +116,41 @@ def test_only_the_chosen_are_compiled_and_evaluation_runs_as_written(traced: lis
     with compiler.as_written():
         modules["one"](torch.ones(5, 3))
     assert traced == [4]
+
+
+def traced_run(base: Recipe) -> tuple[bytes, set[int], list[str]]:
+    """How a run ends whose graphs are traced and run as they are, under `--debug`'s watch for NaN; how many pictures
+    the traced ones were given; and what its rank has told others of."""
+    rows: set[int] = set()
+    told: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Callable[..., Any]:
+        def called(*given: Any) -> Any:
+            tensors = [t for t in given if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+            rows.update(len(t) for t in tensors if t.dim() == 4)
+            return graph(*given)
+
+        return called
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Heartbeat, "long", lambda _, part: told.append(part))
+        with torch.autograd.set_detect_anomaly(True), torch.compiler.set_stance("default", force_backend=backend):
+            end = tiny._train(base, Options(), tiny.Plan())
+    compiler.forget()
+    return end, rows, told
+
+
+def test_a_run_is_compiled_in_its_steps_alone_and_ends_to_the_bit_as_written(ranks: Any, tmp_path: Path) -> None:
+    """Without kernels that round otherwise: a student with BatchNorm and an average, a teacher and its last stage."""
+    base = tiny.with_average(tiny.distillation(tmp_path, objective="fbt", steps=2, eval_every=1))
+    chosen = replace(base, name="compiled", compile=("student", "teacher"))
+    ((written, none, quiet),) = ranks(1).run(traced_run, base)
+    ((compiled, rows, told),) = ranks(1).run(traced_run, chosen)
+    assert (none, rows) == (set(), {base.data["all"].batch})
+    assert "compiling" in told
+    assert told.index("compiling") > told.index("preparing the run")
+    assert "compiling" not in quiet
+    tiny.assert_same_end([pickle.loads(compiled)], [pickle.loads(written)])
 
 
 def losses(folder: Path, name: str, *more: str) -> list[float]:

@@ -569,6 +569,12 @@ def test_few_candidates_can_miss_the_best_answer_but_never_the_most_probable_fir
     assert one["overall"] != pytest.approx(expected_scores(30)["overall"])
 
 
+def test_where_all_answers_are_candidates_each_is_scored_once() -> None:
+    model, (answers, longest) = Writer(), ANSWERS.ids.shape
+    vqa.evaluate(model, Questions(8), "cpu", 4)
+    assert [tokens for tokens in model.forwards if tokens] == 2 * [4 * answers * (longest - 1)]
+
+
 def evaluated_on_a_rank(size: int, rows: int, k: int, damaged: Sequence[int]) -> tuple[dict[str, float], int]:
     model = Writer()
     found = vqa.evaluate(model, Questions(size, dist.get_rank(), dist.get_world_size(), damaged), "cpu", rows, k)

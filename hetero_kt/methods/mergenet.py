@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
+from hetero_kt.compiler import as_written
 from hetero_kt.config import Control
 from hetero_kt.distributed import params
 from hetero_kt.distributed.engine import build_optimizer, build_schedule
@@ -268,7 +269,7 @@ class _Path:
         """How much the proposal changes, relative to its size, when the source is swapped for noise."""
         if self.adapter is None:
             return torch.zeros((), device=self.device)
-        with evaluating(self.adapter):
+        with evaluating(self.adapter), as_written():
             real = self.adapter(self.before, source)
             fake = self.adapter(self.before, self._noise(source, stream=1))
         return (real - fake).norm() / real.norm().clamp_min(1e-12)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -32,7 +33,12 @@ def attention(q_HTD: Tensor, k_HSD: Tensor, v_HSD: Tensor, dropout: float = 0.0)
 
     `dropout`, in [0, 1), is rounded to a multiple of 2^-16; the rest is scaled by the rate as rounded. It draws from
     torch's global generator, also where nothing needs a gradient.
+
+    Where torch.compile traces it, it is torch's own attention, of the rate as given: one kernel on a GPU, where blocks
+    would be written out one by one, and random words break the graph.
     """
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q_HTD[None], k_HSD[None], v_HSD[None], dropout_p=dropout)[0]
     return _Attention.apply(q_HTD, k_HSD, v_HSD, dropout)  # type: ignore[no-any-return, no-untyped-call]
 
 
