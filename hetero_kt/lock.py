@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import uuid
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +90,31 @@ class Lock:
     def _take_over(self) -> None:
         """Remove the lock of a dead job, or raise."""
         text = self._read(self.file)
+        if not text and not self.file.exists():
+            return  # released meanwhile
         owner = _owner(text)
-        if text and not self._dead(text, owner):
+        if not self._dead(text, owner):
             host, pid = owner.get("host", "a host unknown"), owner.get("pid", "?")
             raise ValueError(
                 f"{self.folder} belongs to a job that is at work (process {pid} on {host}): let it end, or use another "
                 "--output-dir."
             )
-        aside = self.folder / f"lock.{uuid.uuid4().hex[:8]}"
-        with contextlib.suppress(FileNotFoundError):  # another job was faster
-            os.rename(self.file, aside)
-            if self._read(aside) != text:  # and has a new lock there already: give it back
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.file)
-            aside.unlink(missing_ok=True)
+        # Of many that see the same dead lock one removes it, and only that very one: the next is a living job's.
+        right = self.folder / f"lock.{zlib.crc32(text.encode()):08x}"
+        try:
+            right.touch(exist_ok=False)
+        except FileExistsError:
+            deadline = time.monotonic() + SILENT
+            while right.exists() and time.monotonic() < deadline:
+                time.sleep(min(EVERY, 0.1))
+            if time.monotonic() >= deadline:  # who had it was killed
+                right.unlink(missing_ok=True)
+            return
+        try:
+            if self._read(self.file) == text:
+                self.file.unlink(missing_ok=True)
+        finally:
+            right.unlink(missing_ok=True)
 
     def _dead(self, text: str, owner: dict[str, Any]) -> bool:
         here = _self()

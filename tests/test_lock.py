@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -115,25 +117,65 @@ def test_a_lock_of_another_host_counts_while_its_time_moves(tmp_path: Path, quic
         assert not file.exists()
 
 
-def test_of_many_that_find_a_dead_lock_one_gets_the_folder(tmp_path: Path, quick: None) -> None:
+def test_of_many_that_find_a_dead_lock_one_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty times, with threads that change places all the time; a second winner would end the first, much later."""
+    monkeypatch.setattr(locks, "SILENT", 1.0)
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(30):
+            (tmp_path / "lock").write_text(json.dumps(locks._self() | {"pid": 2**22 + 1}))
+            many, outcome = [Lock(tmp_path) for _ in range(8)], []
+
+            def take(one: Lock, outcome: list[Lock] = outcome) -> None:
+                with contextlib.suppress(ValueError):
+                    one.take()
+                    outcome.append(one)
+
+            threads = [threading.Thread(target=take, args=(one,)) for one in many]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for one in outcome:
+                one._ended.set()  # else a loser's thread would end this process
+            assert len(outcome) == 1
+            assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+            outcome[0].release()
+    finally:
+        sys.setswitchinterval(usual)
+
+
+def test_who_has_looked_at_a_dead_lock_for_long_leaves_the_next_one_alone(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow one has found the lock dead; before it removes anything, another job has the folder."""
     (tmp_path / "lock").write_text(json.dumps(locks._self() | {"pid": 2**22 + 1}))
-    many, outcome = [Lock(tmp_path) for _ in range(8)], []
+    slow, fast = Lock(tmp_path), Lock(tmp_path)
+    found_dead = slow._dead
 
-    def take(one: Lock) -> None:
-        try:
-            one.take()
-            outcome.append(one)
-        except ValueError:
-            pass
+    def found_dead_at_last(text: str, owner: dict[str, Any]) -> bool:
+        dead = found_dead(text, owner)
+        if fast._thread is None:
+            fast.take()
+        return dead
 
-    threads = [threading.Thread(target=take, args=(one,)) for one in many]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(outcome) == 1
+    monkeypatch.setattr(slow, "_dead", found_dead_at_last)
+    with pytest.raises(ValueError, match="at work"):
+        slow.take()
+    assert (tmp_path / "lock").read_text() == fast._text
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-    outcome[0].release()
+    fast.release()
+
+
+def test_a_takeover_that_was_killed_half_way_stops_nobody_for_long(tmp_path: Path, quick: None) -> None:
+    text = json.dumps(locks._self() | {"pid": 2**22 + 1})
+    (tmp_path / "lock").write_text(text)
+    (tmp_path / f"lock.{zlib.crc32(text.encode()):08x}").touch()
+    after = Lock(tmp_path)
+    after.take()
+    after.release()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_frozen_job_whose_folder_another_has_taken_ends_when_it_wakes_up(tmp_path: Path, quick: None) -> None:
