@@ -80,10 +80,11 @@ def evaluate(
             golds_BG, shares_BG = golds_SG[samples_B], shares_SG[samples_B]
             # Of a short list golds are candidates, as all are. Of a long one they are scored besides, likely ones once
             # more: how many are not likely differs between ranks, whose forwards have to be alike.
-            extra_BG = golds_BG[:, :0] if k >= len(tokens.ids_KT) else golds_BG
+            scores_all = k >= len(tokens.ids_KT)
+            extra_BG = golds_BG[:, :0] if scores_all else golds_BG
             scores = _log_probabilities(model, states_BLD, mask_BL, tokens, torch.cat([candidates_BC, extra_BG], 1))
             scores_BC, scores_BG = scores.split([candidates_BC.shape[1], extra_BG.shape[1]], 1)
-            gold_scores_BG = scores_BC.gather(1, golds_BG) if k >= len(tokens.ids_KT) else scores_BG
+            gold_scores_BG = scores_BC.gather(1, golds_BG) if scores_all else scores_BG
             best_B = candidates_BC.gather(1, scores_BC.argmax(1, keepdim=True)).squeeze(1)
             kept.append(torch.stack([samples_B, best_B, (weight_B > 0).long()], 1))
             counts_B = (weight_B > 0) & (shares_BG.sum(1) > 0)
