@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hetero_kt.evaluate import evaluating
 from hetero_kt.messages import first_line
 from hetero_kt.nn.families import Family, Form, family_of
 
@@ -167,7 +168,7 @@ class Stages:
         parameter = next(self.model.parameters())
         ramp = torch.linspace(-1, 1, 3 * image_size**2, device=parameter.device, dtype=parameter.dtype)
         x = ramp.view(1, 3, image_size, image_size)
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model):
             expected_BK = self.model(x)
             answer = self.forward(x, features=True)
         if answer["pooled"].ndim != 2 or expected_BK.ndim != 2:
@@ -220,17 +221,6 @@ def _layout(feature: Tensor, form: Form, prefix: int) -> Layout:
         if rows * columns != length - prefix:
             raise ValueError(f"its {length - prefix} patches are no square grid")
     return Layout(form, channels, (rows, columns), prefix)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
