@@ -291,10 +291,10 @@ def _write(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def _shards(arguments: argparse.Namespace) -> int:
-    from hetero_kt.data import sharding
+    from hetero_kt.data import inputs, sharding
 
     how: dict[str, Any] = {"shard_size": arguments.shard_size, "workers": arguments.workers}
-    plain = sharding.is_plain(arguments.source)
+    plain = inputs.is_plain(arguments.source)
     if plain:
         if arguments.validation:
             raise ValueError("shards: --validation goes with classes: shard the other folder by a command of its own.")

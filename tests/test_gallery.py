@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hetero_kt.config import Transform
-from hetero_kt.data import sharding
+from hetero_kt.data import inputs, sharding
 from hetero_kt.data.gallery import Folders, Shown, Tables, kept, read_json, without_missing
 from hetero_kt.data.pictures import Damaged, PictureLoader
 from hetero_kt.data.shards import Index
@@ -73,8 +73,8 @@ def test_shards_of_a_plain_folder_are_the_same_every_time(files, shards, tmp_pat
 
 
 def test_plain_folders_are_told_from_class_folders(files, tmp_path):
-    assert sharding.is_plain(str(files / "train2014"))
-    assert not sharding.is_plain(str(files))
+    assert inputs.is_plain(str(files / "train2014"))
+    assert not inputs.is_plain(str(files))
     with pytest.raises(ValueError, match=r"holds no JPEG, PNG or WebP files"):
         sharding.write_plain(str(files), str(tmp_path / "out"))
     with pytest.raises(ValueError, match="does not exist"):
@@ -87,10 +87,10 @@ def test_pictures_beside_folders_with_pictures_are_neither_plain_nor_class_folde
     """Whichever was meant, the others would be dropped without a word."""
     Image.new("RGB", (8, 8)).save(files / "stray.png")
     with pytest.raises(ValueError, match=r"files holds pictures itself \(stray\.png\) and in folders \(train2014\): "):
-        sharding.is_plain(str(files))
+        inputs.is_plain(str(files))
     _made(files / "train2014" / "notes")
     (files / "train2014" / "notes" / "a.txt").write_text("no picture")
-    assert sharding.is_plain(str(files / "train2014")), "folders without pictures do not matter"
+    assert inputs.is_plain(str(files / "train2014")), "folders without pictures do not matter"
 
 
 @pytest.mark.parametrize("name", ["my pics", "Gemälde", ".hidden", "train2014"])

@@ -125,7 +125,9 @@ def measured_bytes(mode: Any) -> tuple[int, int]:
         for name, m in modules.items()
     }
     assert isinstance(one.method, MergeNet)
-    exchange = parts._exchange(one, list(parts._transfers(one, one.method, engines).values()))
+    exchange = parts.mergenet.build_exchange(
+        one, list(parts.mergenet.build_transfers(one, one.method, engines).values())
+    )
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), 0, engines["resnet"].device)
     loader = parts.build_loaders(one, ranks)[0]["d"]
     exchange.propose()

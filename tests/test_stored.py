@@ -184,7 +184,7 @@ def key_of(folder: Path, base: Recipe) -> str:
     loader = data.open_loader(base.data["all"], train=True, seed=base.seed)
     given = {"classes": loader.classes, "image_size": 32, "mean": loader.mean, "std": loader.std}
     teacher = build_teacher(base.method.teachers["teacher"], "option", **given)  # type: ignore[union-attr]
-    return parts._store(base, "teacher", teacher, loader).folder.name
+    return parts.distill.store_of(base, "teacher", teacher, loader).folder.name
 
 
 def of_teacher(base: Recipe, **changes: Any) -> Recipe:

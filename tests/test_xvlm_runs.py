@@ -396,7 +396,7 @@ def test_the_gate_is_closed_in_front_of_the_tower_that_is_trained(
     base = recipe(tmp_path)
     made = replace(base, models={"xvlm": replace(base.models["xvlm"], xvlm=start)})
     assert isinstance(made.method, MergeNet)
-    found = parts._transfers(made, made.method, {"xvlm": model_of("vqa")})
+    found = parts.mergenet.build_transfers(made, made.method, {"xvlm": model_of("vqa")})
     assert tuple(found[way].adapter.first_gate() == 0.0 for way in ("v2t", "t2v")) == closed
 
 
