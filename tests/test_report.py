@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from hetero_kt import report
-from hetero_kt.config import KD, Data, Distill, MergeNet, Model, Recipe, Teacher, to_yaml
+from hetero_kt.config import FBT, KD, Data, Distill, MergeNet, Model, Recipe, Teacher, to_yaml
 from hetero_kt.report import figures, history, page, text
 from hetero_kt.report import runs as folders
 from hetero_kt.report.comparison import Cell, Line, compare, experiments
@@ -188,6 +188,18 @@ def test_settings_of_another_objective_set_nothing_apart(tmp_path: Path) -> None
         ("ofa", (0, 1)),
     ]
     assert top1(sheet.lines[2]).difference.mean == 5  # type: ignore[union-attr]
+
+
+def test_a_temperature_that_fbt_takes_from_kd_sets_it_apart(tmp_path: Path) -> None:
+    """Of its pair `kd` alone; other pairs have no temperature."""
+    for name, pair, labels in (
+        ("a", "kd", ["fbt", "fbt (method.kd.temperature 1.0)"]),
+        ("b", "infonce+ofa", ["fbt"]),
+    ):
+        write(tmp_path / name, distilled("fbt", 0, fbt=FBT(pair=pair)), 50)  # type: ignore[arg-type]
+        write(tmp_path / name, distilled("fbt", 1, fbt=FBT(pair=pair), kd=KD(temperature=1)), 55)  # type: ignore[arg-type]
+        (sheet,) = report.gather([tmp_path / name], tables=()).sheets
+        assert [line.label for line in sheet.lines] == labels
 
 
 def test_students_of_other_teachers_are_kept_apart(tmp_path: Path) -> None:

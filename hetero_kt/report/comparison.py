@@ -171,7 +171,8 @@ def _own(recipe: Recipe) -> Recipe:
     """What runs of one arm have in common: settings of other objectives do nothing."""
     method = recipe.method
     if isinstance(method, Distill):
-        own = {method.arm: getattr(method, method.arm)} if hasattr(method, method.arm) else {}
+        parts = ["kd"] if method.arm == "fbt" and method.fbt.pair == "kd" else []  # whose temperature it takes
+        own = {part: getattr(method, part) for part in (*parts, method.arm) if hasattr(method, part)}
         method = Distill(method.teachers if method.taught else {}, method.objective, **own)
     return replace(recipe, seed=0, method=method)
 
