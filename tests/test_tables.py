@@ -342,6 +342,16 @@ def test_runs_on_other_samples_stay_apart(made: tables.Table, root: Path) -> Non
     assert "saw other samples than" in notes[0]
 
 
+def test_runs_taught_by_other_weights_stay_apart(made: tables.Table, tmp_path: Path) -> None:
+    """Their recipes name the same teacher, which was trained again between them."""
+    for seed, (top1, weights) in enumerate([(53, 1), (55, 1), (90, 2)]):
+        write(tmp_path, "KD", seed, top1, data=DATA | {"teachers": {"teacher": weights}})
+    lines, notes = filled(made, tmp_path)
+    assert list(lines["KD"].runs) == [0, 1]
+    assert len(notes) == 1
+    assert "seed2 has other weights of its teacher than" in notes[0]
+
+
 def test_rows_evaluated_on_other_samples_have_no_difference(made: tables.Table, tmp_path: Path) -> None:
     other = {"data": {"pictures": [{"samples": 50}, {"samples": 300}]}}
     for seed in range(3):

@@ -137,7 +137,7 @@ def one_per_seed(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
     """The runs of one recipe and arm by seed, and a sentence on each that does not count.
 
     Two runs with one seed: neither counts, since nothing says which is meant. Runs that saw other samples than the run
-    of the lowest seed do not count either.
+    of the lowest seed, or learned from a teacher with other weights, do not count either.
     """
     by_seed: dict[int, list[Run]] = {}
     for run in runs:
@@ -152,10 +152,15 @@ def one_per_seed(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
             notes.append(f"{places} {verdict.format(seed)}, leave one of them.")
     first = next(iter(counted.values()), None)
     for seed, run in list(counted.items()):
-        if first is not None and run.seen.get("data") != first.seen.get("data"):
+        assert first is not None
+        if run.seen.get("data") != first.seen.get("data"):
             unlike = "saw other samples than" if run.seen.get("data") else "does not say which samples it saw, unlike"
-            notes.append(f"{run.folder} {unlike} {first.folder}: it stays apart.")
-            del counted[seed]
+        elif (run.seen.get("teachers") or {}) != (first.seen.get("teachers") or {}):
+            unlike = "has other weights of its teacher than"
+        else:
+            continue
+        notes.append(f"{run.folder} {unlike} {first.folder}: it stays apart.")
+        del counted[seed]
     return counted, notes
 
 
