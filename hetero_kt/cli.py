@@ -265,29 +265,35 @@ def _table(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from hetero_kt import report
-    from hetero_kt.report import figures
 
     wanted = [] if arguments.table == ["none"] else arguments.table
     gathered = report.gather(arguments.runs, best=arguments.best, tables=wanted, budget=arguments.budget)
     gathered.show(Console())
-    _write(arguments, gathered)
-    if arguments.curves:
-        figures.curves(gathered.experiments, arguments.curves)
+    _write(arguments, gathered, arguments.curves)
     return 0
 
 
-def _write(arguments: argparse.Namespace, report: Report) -> None:
-    """The forms that were asked for."""
+def _write(arguments: argparse.Namespace, report: Report, curves: str = "") -> None:
+    """The forms that were asked for; `curves` is the file of the runs' own.
+
+    Raises:
+        ValueError: a file that cannot be written, or a picture of nothing.
+    """
     from hetero_kt.report import figures, page
 
-    for name, form in ((arguments.markdown, report.markdown), (arguments.csv, report.csv)):
-        if name:
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-            Path(name).write_text(form(), encoding="utf-8")
-    if arguments.html:
-        page.write(report, arguments.html)
-    if arguments.png:
-        figures.intervals(report.sheets, arguments.png)
+    try:
+        for name, form in ((arguments.markdown, report.markdown), (arguments.csv, report.csv)):
+            if name:
+                Path(name).parent.mkdir(parents=True, exist_ok=True)
+                Path(name).write_text(form(), encoding="utf-8")
+        if arguments.html:
+            page.write(report, arguments.html)
+        if arguments.png:
+            figures.intervals(report.sheets, arguments.png)
+        if curves:
+            figures.curves(report.experiments, curves)
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be written ({error.strerror}): name another file.") from error
 
 
 def _shards(arguments: argparse.Namespace) -> int:

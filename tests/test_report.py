@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hetero_kt import report
+from hetero_kt import cli, report
 from hetero_kt.config import FBT, KD, Data, Distill, MergeNet, Model, Recipe, Teacher, to_yaml
 from hetero_kt.report import figures, history, page, text
 from hetero_kt.report import runs as folders
@@ -466,6 +466,16 @@ def test_metrics_of_a_killed_run(tmp_path: Path) -> None:
     whole = ['{"step": 1, "a/loss": 1}', '{"step": 2, "a/loss": 2}', '{"step": 2, "a/loss": 3, "note": "x"}']
     (tmp_path / "metrics.jsonl").write_text("\n".join([*whole, '{"step": 3, "a']))
     assert history.history(tmp_path) == {"a/loss": {1: 1.0, 2: 3.0}}
+
+
+@pytest.mark.parametrize("form", ["--markdown", "--csv", "--html", "--png", "--curves"])
+def test_a_form_that_cannot_be_written_is_one_sentence(
+    runs: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", str(runs), form, str(runs)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {runs} cannot be written (Is a directory)")
 
 
 def test_arms_that_do_not_differ_have_an_interval_with_zero_95_times_in_100(tmp_path: Path) -> None:
