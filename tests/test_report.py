@@ -468,6 +468,17 @@ def test_metrics_of_a_killed_run(tmp_path: Path) -> None:
     assert history.history(tmp_path) == {"a/loss": {1: 1.0, 2: 3.0}}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_without_a_number_leaves_the_curves_their_scale(runs: Path, value: float) -> None:
+    """Of one arm alone, and the others keep theirs."""
+    file = runs / "toy" / "transfer" / "seed0" / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    assert json.loads(lines[2])["step"] == 3
+    lines[2] = json.dumps({"step": 3, "cnn/loss": value})
+    file.write_text("\n".join(lines))
+    assert "nan" not in page.html(report.gather([runs], tables=()))
+
+
 @pytest.mark.parametrize("form", ["--markdown", "--csv", "--html", "--png", "--curves"])
 def test_a_form_that_cannot_be_written_is_one_sentence(
     runs: Path, form: str, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ POINTS = 100
 
 
 def history(folder: Path) -> dict[str, dict[int, float]]:
-    """A run's `metrics.jsonl` as key -> step -> value; the later line wins, a half-written one is skipped."""
+    """A run's `metrics.jsonl` as key -> step -> value; the later line wins, a half-written one is skipped, and so is a
+    value that is no number: one infinite loss would leave an axis, and with it all arms' curves, without a scale."""
     series: dict[str, dict[int, float]] = {}
     path = folder / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
@@ -29,7 +31,7 @@ def history(folder: Path) -> dict[str, dict[int, float]]:
         for key, value in record.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 series.setdefault(key, {})[step] = float(value)
-    return series
+    return {key: {step: value for step, value in one.items() if math.isfinite(value)} for key, one in series.items()}
 
 
 def first_of(log: Mapping[str, dict[int, float]], keys: Sequence[str]) -> dict[int, float]:
