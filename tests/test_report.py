@@ -324,6 +324,23 @@ def test_the_best_on_held_out_samples_is_said_to_be_that(tmp_path: Path) -> None
     assert sheet.chosen == "best of 4 evaluations on samples held out of the training set"
 
 
+def test_the_best_is_said_of_each_model_by_its_own_samples(tmp_path: Path) -> None:
+    """Of one model samples are held out, of the other the test set chooses."""
+    models = {"cnn": Model("cifar:resnet_tiny", "held"), "other": Model("cifar:resnet_tiny", "whole")}
+    data = {"held": Data("digits", validation=0.1), "whole": Data("digits")}
+    folder = write(tmp_path, recipe(models=models, data=data), 50)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 20, "other/test_top1": 40.0}) + "\n")
+    result = json.loads((folder / "result.json").read_text())
+    result["metrics"]["other"] = {"top1": 40.0}
+    (folder / "result.json").write_text(json.dumps(result))
+    sheets = report.gather([tmp_path], best=True, tables=()).sheets
+    assert [sheet.chosen.partition(" on ")[2] for sheet in sheets] == [
+        "samples held out of the training set",
+        "the test set: optimistic",
+    ]
+
+
 def test_without_a_log_the_best_is_not_known(runs: Path) -> None:
     (runs / "toy" / "transfer" / "seed1" / "metrics.jsonl").unlink()
     gathered = report.gather([runs], best=True, tables=())

@@ -201,7 +201,8 @@ def compare(experiment: Experiment) -> list[Sheet]:
                 lines.append(Line(arm.label, BASELINE if theirs else "", tuple(arm.runs), cells))
         columns = metrics.ordered(name for line in lines for name in line.cells)
         title = f"{experiment.title}: {model}"
-        sheets.append(Sheet(title, tuple(columns), tuple(lines), tuple(notes), chosen=chosen(experiment.runs())))
+        way = chosen((run, model) for run in experiment.runs())
+        sheets.append(Sheet(title, tuple(columns), tuple(lines), tuple(notes), chosen=way))
     return [sheet for sheet in sheets if sheet.lines]
 
 

@@ -81,13 +81,12 @@ def best(run: Run) -> Run:
     return replace(run, metrics=chosen, evaluations=evaluations)
 
 
-def chosen(runs: Iterable[Run]) -> str:
-    """How the numbers of `runs` were chosen, where that flatters them; empty for the last evaluation's."""
+def chosen(runs: Iterable[tuple[Run, str]]) -> str:
+    """How the numbers of models in runs were chosen, where that flatters them; empty for the last evaluation's."""
     counts: dict[bool, set[int]] = {}
-    for run in runs:
+    for run, model in runs:
         if run.evaluations:
-            held_out = any(run.held_out(model) for model in run.metrics)
-            counts.setdefault(held_out, set()).add(run.evaluations)
+            counts.setdefault(run.held_out(model), set()).add(run.evaluations)
     texts = []
     for held_out, numbers in sorted(counts.items()):
         many = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else f"{min(numbers)}"

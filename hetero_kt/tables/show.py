@@ -19,8 +19,8 @@ POSITIVE_CONTROL = "positive-control"
 def sheet(table: Table, budget: Budget, lines: Sequence[Line], notes: Sequence[str] = ()) -> Sheet:
     """The table with its own remarks, then `notes`."""
     shown = [Shown(line.row.label, line.row.baseline, tuple(line.runs), line.cells) for line in lines]
-    counted = {run.folder: run for line in lines for run in line.runs.values()}
-    way = chosen(counted.values())
+    counted = [(run, line.row.models[budget]) for line in lines for run in line.runs.values()]
+    way = chosen(counted)
     ours = [f"Ours is the {way}." if way else "Ours is each run's last evaluation."] if counted else []
     return Sheet(
         f"{table.title} ({budget})",
