@@ -84,6 +84,18 @@ def test_a_row_and_its_baseline_train_the_same_model_alike(name: str, budget: ta
         assert ours == theirs, f"{row.label} [{budget}]"
 
 
+@pytest.mark.parametrize("name", ["fbt-1", "fbt-2", "fbt-4"])
+def test_a_temperature_that_budgets_do_not_share_is_said(name: str) -> None:
+    table = tables.read(name)
+    given = {
+        resolved(command).recipe.method.kd.temperature  # type: ignore[union-attr]
+        for row in table.rows
+        for command in row.commands.values()
+        if "kd" in command.options and "--method" in command.options
+    }
+    assert len(given) < 2 or any("temperature" in note for note in table.notes)
+
+
 def training(row: tables.Row, budget: tables.Budget) -> tuple[Any, ...]:
     recipe = resolved(row.commands[budget]).recipe
     model = recipe.models[row.models[budget]]
