@@ -216,6 +216,7 @@ def test_students_of_other_teachers_are_kept_apart(tmp_path: Path) -> None:
         ("result.json", "[]", "has a result.json that cannot be read (TypeError)"),
         ("result.json", "{}", "has a result.json that cannot be read (KeyError)"),
         ("result.json", '{"recipe": "toy", "control": "none", "seed": "x"}', "has a result.json that cannot be read"),
+        ("result.json", '{"metrics": {"cnn": {"loss": 1' + 400 * "0" + "}}}", "cannot be read (OverflowError)"),
         ("result.json", None, "is not finished"),
         ("data.json", "[1]", "has a data.json that cannot be read (TypeError)"),
         ("data.json", '{"data": 3}', "has a data.json that cannot be read (TypeError)"),
@@ -481,7 +482,8 @@ def test_band_takes_common_steps_and_averages_long_curves() -> None:
 
 def test_metrics_of_a_killed_run(tmp_path: Path) -> None:
     whole = ['{"step": 1, "a/loss": 1}', '{"step": 2, "a/loss": 2}', '{"step": 2, "a/loss": 3, "note": "x"}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*whole, '{"step": 3, "a']))
+    endless = ['{"step": Infinity, "a/loss": 1}', '{"step": 1, "a/loss": 1' + 400 * "0" + "}"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*whole, *endless, '{"step": 3, "a']))
     assert history.history(tmp_path) == {"a/loss": {1: 1.0, 2: 3.0}}
 
 

@@ -26,11 +26,11 @@ def history(folder: Path) -> dict[str, dict[int, float]]:
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            values = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             continue  # a run that was killed while it wrote this line
-        for key, value in record.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                series.setdefault(key, {})[step] = float(value)
+        for key, value in values.items():
+            series.setdefault(key, {})[step] = value
     return {key: {step: value for step, value in one.items() if math.isfinite(value)} for key, one in series.items()}
 
 

@@ -102,7 +102,7 @@ def read(folder: Path) -> Run:
         }
         told = (str(result["recipe"]), str(result["control"]), int(result["seed"]))
         steps = int(result["steps"])
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
         return replace(run, problem=f"has a result.json that cannot be read ({type(error).__name__})")
     if recipe is not None and told != (run.name, run.arm, run.seed):
         return replace(run, problem="has a result.json of another run than its recipe.yaml")
