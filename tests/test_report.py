@@ -160,6 +160,17 @@ def test_runs_on_other_samples_do_not_count(tmp_path: Path) -> None:
     assert gathered.notes == (f"{other} saw other samples than {first}: it stays apart.",)
 
 
+def test_runs_on_other_numbers_of_ranks_are_named(runs: Path) -> None:
+    for seed, ranks in enumerate((2, 2, 1)):
+        file = runs / "toy" / "transfer" / f"seed{seed}" / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"world_size": ranks}))
+    gathered = report.gather([runs], tables=())
+    assert lines_by_label(runs)["transfer"].seeds == (0, 1, 2)
+    (note,) = [note for note in gathered.notes if "world size" in note]
+    assert "seed2 ran with a world size of 1" in note
+    assert "seed0 with 2" in note
+
+
 def test_arms_that_were_evaluated_on_other_samples_have_no_difference(tmp_path: Path) -> None:
     write_run(tmp_path, "none", 0, 50)
     write(tmp_path, recipe("transfer"), 60, {"data": {"pictures": [{"samples": 50}, {"samples": 300}]}})

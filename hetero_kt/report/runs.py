@@ -137,7 +137,8 @@ def one_per_seed(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
     """The runs of one recipe and arm by seed, and a sentence on each that does not count.
 
     Two runs with one seed: neither counts, since nothing says which is meant. Runs that saw other samples than the run
-    of the lowest seed, or learned from a teacher with other weights, do not count either.
+    of the lowest seed, or learned from a teacher with other weights, do not count either. Runs on
+    other numbers of ranks count, and are named.
     """
     by_seed: dict[int, list[Run]] = {}
     for run in runs:
@@ -161,6 +162,13 @@ def one_per_seed(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
             continue
         notes.append(f"{run.folder} {unlike} {first.folder}: it stays apart.")
         del counted[seed]
+    ranks = {run.folder: run.result.get("world_size") for run in counted.values()}
+    for folder, count in ranks.items():
+        if first is not None and count != ranks[first.folder] and None not in (count, ranks[first.folder]):
+            notes.append(
+                f"{folder} ran with a world size of {count} and {first.folder} with {ranks[first.folder]}: both count, "
+                "though what compares the rows of one rank (BatchNorm, relations, InfoNCE) saw others together."
+            )
     return counted, notes
 
 
