@@ -151,7 +151,11 @@ class TransferCost:
 
 
 def transfer_cost(recipe: Recipe, name: str, modules: dict[str, nn.Module]) -> TransferCost:
-    """Cost of the transfer `name`."""
+    """Cost of the transfer `name`.
+
+    Raises:
+        ValueError: a weight that is not there, a rank or an adapter that does not fit.
+    """
     assert isinstance(recipe.method, MergeNet)
     transfer = recipe.method.transfers[name]
     shapes, gathered = [], []
@@ -159,13 +163,15 @@ def transfer_cost(recipe: Recipe, name: str, modules: dict[str, nn.Module]) -> T
         model, weight = split_site(site)
         reference = reencode.find_weight(modules[model], weight)
         rows, columns = reference.shape
+        if transfer.mode != "full":
+            reencode.check_rank(site, reference.shape, rank)
         shapes.append((rows if transfer.mode == "full" else rank, columns))
         moved = rank * columns if transfer.mode == "factor" else reference.tensor_shape.numel()
         in_pieces = zero_block(recipe.models[model].zero)["stage"] == 3 or recipe.models[model].precision == "bf16"
         gathered.append(4 * moved if in_pieces else 0)
     source, target = shapes
     with torch.device("meta"):
-        adapter = build_adapter(transfer.adapter, target, source)
+        adapter = build_adapter(transfer.adapter, target, source, rows_align=transfer.mode == "full")
     return TransferCost(source, target, sum(p.numel() for p in adapter.parameters()), sum(gathered), gathered[1])
 
 
