@@ -136,7 +136,7 @@ def test_subsets_and_validation_are_drawn_per_class_and_never_overlap(tmp_path, 
 def test_settings_that_do_not_fit_are_refused(tmp_path, tokens):
     with pytest.raises(ValueError, match="rows of 2 tokens hold no text"):
         reviews(tmp_path, tokens, length=2)
-    with pytest.raises(ValueError, match="per_class is 4, but a class has only 3 samples"):
+    with pytest.raises(ValueError, match=r"--data.NAME.per-class 4: a class of imdb has only 3 samples: use at most 3"):
         reviews(tmp_path, tokens, per_class=4)
     with pytest.raises(ValueError, match="leaves nothing"):
         reviews(tmp_path, tokens, validation=0.01)
