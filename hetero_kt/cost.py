@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hetero_kt import config, data, memory, models, parts
 from hetero_kt.checks import split_site, zero_block
 from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe
+from hetero_kt.evaluate import evaluating
 from hetero_kt.methods.fbt import connect
 from hetero_kt.models.teacher import sparing
 from hetero_kt.nn import reencode
@@ -263,12 +264,8 @@ def sample(config: Data, rows: int = 1) -> tuple[tuple[torch.Tensor, ...], dict[
 
 def macs_of(module: nn.Module, *inputs: Any, **more: Any) -> int:
     """Multiply-accumulates of linear and convolution layers in one forward in eval mode."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, evaluating(module):
         module(*inputs, **more)
-    for part, training in modes:
-        part.training = training
     layers = {torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm}
     return sum(flops for kind, flops in counter.get_flop_counts()["Global"].items() if kind in layers) // 2
 
