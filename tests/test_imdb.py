@@ -14,6 +14,8 @@ import torch
 from texts import ROWS, tokenizer, write_parquet, write_reviews
 from torch import nn
 
+from hetero_kt import data
+from hetero_kt.config import Data
 from hetero_kt.data import masked
 from hetero_kt.data.masked import IGNORED, MaskedRows
 from hetero_kt.data.text import TextLoader, load_tokenizer
@@ -131,6 +133,11 @@ def test_subsets_and_validation_are_drawn_per_class_and_never_overlap(tmp_path, 
     few, fewer = seen(validation=0.2, per_class=5), seen(validation=0.2, per_class=3)
     assert (len(few), sum(few.values())) == (10, 5)
     assert fewer.keys() < few.keys() < train.keys()
+
+
+def test_a_missing_vocabulary_is_told_with_its_options(tmp_path):
+    with pytest.raises(ValueError, match=r"^--data.NAME.text.tokenizer tokenizer \(or --data-dir\): .* no tokenizer"):
+        data.tokenizer(Data("imdb"), str(tmp_path))
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path, tokens):
