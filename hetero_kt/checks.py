@@ -11,6 +11,7 @@ from typing import Any
 from hetero_kt.compiler import compilable
 from hetero_kt.config import Data, Distill, Model, Optim, Recipe, Schedule, Teacher, Transfer, nearest
 from hetero_kt.data import GENERATED, PAIRS, TEXTS
+from hetero_kt.messages import check_choices
 from hetero_kt.models import XVLMS, known
 
 SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
@@ -65,6 +66,10 @@ def check(recipe: Recipe, world: int = 1) -> None:
         raise ValueError(
             f"--control {recipe.method.arm} is unknown: use {nearest(recipe.method.arm, recipe.method.arms())}."
         )
+    for option, parts in (("--data", recipe.data), ("--models", recipe.models)):
+        for name, part in parts.items():
+            check_choices(part, f"{option}.{name}")
+    check_choices(recipe.method, "--method")
     for name, data in recipe.data.items():
         _check_data(name, data, world)
     for name, model in recipe.models.items():

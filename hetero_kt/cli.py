@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_ask)
 
     command = commands.add_parser("features", help="draw the features of models' four stages on pictures")
-    command.add_argument("models", nargs="+", metavar="MODEL", help="timm:resnet50, cifar:mobilenetv2, bert:4x256, ...")
+    command.add_argument("models", nargs="+", metavar="MODEL", help="timm:resnet50, cifar:mobilenetv2, ...")
     command.add_argument("--images", nargs="+", required=True, metavar="FILES_OR_FOLDER", help="pictures, at most 16")
     command.add_argument("--png", required=True, metavar="OUT", help="write the figure there")
     command.add_argument(

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hetero_kt import config, data, memory, models, parts
 from hetero_kt.checks import split_site, zero_block
 from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe
+from hetero_kt.evaluate import evaluating
 from hetero_kt.methods.fbt import connect
 from hetero_kt.models.teacher import sparing
 from hetero_kt.nn import reencode
@@ -151,7 +152,11 @@ class TransferCost:
 
 
 def transfer_cost(recipe: Recipe, name: str, modules: dict[str, nn.Module]) -> TransferCost:
-    """Cost of the transfer `name`."""
+    """Cost of the transfer `name`.
+
+    Raises:
+        ValueError: a weight that is not there, a rank or an adapter that does not fit.
+    """
     assert isinstance(recipe.method, MergeNet)
     transfer = recipe.method.transfers[name]
     shapes, gathered = [], []
@@ -159,13 +164,15 @@ def transfer_cost(recipe: Recipe, name: str, modules: dict[str, nn.Module]) -> T
         model, weight = split_site(site)
         reference = reencode.find_weight(modules[model], weight)
         rows, columns = reference.shape
+        if transfer.mode != "full":
+            reencode.check_rank(site, reference.shape, rank)
         shapes.append((rows if transfer.mode == "full" else rank, columns))
         moved = rank * columns if transfer.mode == "factor" else reference.tensor_shape.numel()
         in_pieces = zero_block(recipe.models[model].zero)["stage"] == 3 or recipe.models[model].precision == "bf16"
         gathered.append(4 * moved if in_pieces else 0)
     source, target = shapes
     with torch.device("meta"):
-        adapter = build_adapter(transfer.adapter, target, source)
+        adapter = build_adapter(transfer.adapter, target, source, rows_align=transfer.mode == "full")
     return TransferCost(source, target, sum(p.numel() for p in adapter.parameters()), sum(gathered), gathered[1])
 
 
@@ -257,12 +264,8 @@ def sample(config: Data, rows: int = 1) -> tuple[tuple[torch.Tensor, ...], dict[
 
 def macs_of(module: nn.Module, *inputs: Any, **more: Any) -> int:
     """Multiply-accumulates of linear and convolution layers in one forward in eval mode."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, evaluating(module):
         module(*inputs, **more)
-    for part, training in modes:
-        part.training = training
     layers = {torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm}
     return sum(flops for kind, flops in counter.get_flop_counts()["Global"].items() if kind in layers) // 2
 

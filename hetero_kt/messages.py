@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
 
 def first_line(error: BaseException) -> str:
     """What an error says, for use within a sentence: its first line without the full stop, or else its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+
+
+def check_choices(settings: Any, option: str) -> None:
+    """Refuse a value that is none of those that its field's `Literal` names, in dataclasses at any depth: Python looks
+    at no annotation, and what is compared with one name after the other would take a misspelt one for the last.
+
+    Args:
+        option: what the dataclass is called in the sentence.
+
+    Raises:
+        ValueError: one sentence with the field and what it may be.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        path, value, kind = f"{option}.{field.name.replace('_', '-')}", getattr(settings, field.name), hints[field.name]
+        several = get_origin(kind) is tuple
+        if several:
+            kind = get_args(kind)[0]
+        if get_origin(kind) is Literal:
+            for one in value if several else (value,):
+                if one not in get_args(kind):
+                    raise ValueError(f"{path} {one} is unknown: use one of {', '.join(map(str, get_args(kind)))}.")
+        for name, inner in value.items() if isinstance(value, Mapping) else (("", value),):
+            if dataclasses.is_dataclass(inner):
+                check_choices(inner, f"{path}.{name}" if name else path)

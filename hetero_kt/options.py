@@ -183,7 +183,7 @@ def _taught_by(recipe: Recipe, given: Sequence[str], variants: Variants) -> Dist
     does; a mere file is of the model of the recipe's own first teacher.
 
     Raises:
-        ValueError: no distillation.
+        ValueError: no distillation, or a model that does not exist.
     """
     method = recipe.method
     if not isinstance(method, Distill):
@@ -195,8 +195,10 @@ def _taught_by(recipe: Recipe, given: Sequence[str], variants: Variants) -> Dist
             to_come[f"run:{one.name}"] = next(iter(one.models.values())).name
     teachers = {}
     for i, init in enumerate(given):
-        if init in known():
+        if init in (names := known()):
             chosen = replace(like, name=init, init="", pretrained=True)
+        elif init.startswith(("timm:", "cifar:")):
+            raise ValueError(f"--teacher {init} is no model: use {nearest(init, names)}.")
         else:
             name = _model_of(init, recipe.output_dir) or to_come.get(init, like.name)
             chosen = replace(like, name=name, init=init, pretrained=False)

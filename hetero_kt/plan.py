@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from hetero_kt import data, parts
 from hetero_kt.checks import zero_block
@@ -79,7 +80,7 @@ def _show(recipe: Recipe, world: int, memory: float) -> None:
     added = 0
     if isinstance(method, MergeNet):
         if method.transfers and method.control != "sharing":  # which has no adapters
-            paths = {name: transfer_cost(recipe, name, modules) for name in method.transfers}
+            paths = {name: _transfer(recipe, name, modules) for name in method.transfers}
             tables.append(_transfers_table(method, paths))
             added = sum(ADAPTER_BYTES * path.adapter for path in paths.values())
     elif method.objective != "none":  # else no teacher is there
@@ -153,6 +154,13 @@ def _models_table(
             *(_bytes(b) for b in (*memory, cost.buffer_bytes, cost.activation_bytes, cost.sent_bytes)),
         )
     return table
+
+
+def _transfer(recipe: Recipe, name: str, modules: dict[str, nn.Module]) -> TransferCost:
+    try:
+        return transfer_cost(recipe, name, modules)
+    except ValueError as error:
+        raise ValueError(f"--method.transfers.{name}: {error}") from error
 
 
 def _transfers_table(method: MergeNet, paths: Mapping[str, TransferCost]) -> Table:

@@ -293,7 +293,9 @@ def test_per_class_keeps_the_same_few_of_each():
     assert all(picture.numpy().tobytes() in larger for picture in five.images)
     assert len(data.load(Data(name="digits", per_class=5), train=False)) == 359
     assert len(Loader(five, 64, 0, ()).batch(0)[1]) == 64
-    with pytest.raises(ValueError, match=r"per_class is 500, but a class has only 139 samples: use at most 139"):
+    with pytest.raises(
+        ValueError, match=r"--data.NAME.per-class 500: a class of digits has only 139 samples: use at most 139"
+    ):
         data.load(Data(name="digits", per_class=500), train=True)
 
 

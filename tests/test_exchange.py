@@ -357,6 +357,31 @@ def test_moments_reset_on_a_plain_module_needs_its_optimizer_and_uses_it() -> No
     assert float(optimizer.state[factor]["momentum_buffer"].abs().sum()) == 0
 
 
+@pytest.mark.parametrize(
+    ("transfer", "control", "said"),
+    [
+        ({}, "shufled", "the control shufled is unknown: use shuffled"),
+        ({"update": "exakt"}, "transfer", "transfer t.update exakt is unknown: use one of lookahead, exact, none"),
+        ({"adapter": AdapterConfig(kind="linear")}, "transfer", "transfer t.adapter.kind linear is unknown"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_misspelt_name_is_not_taken_for_another(transfer: Any, control: Any, said: str) -> None:
+    models = build_pair()
+    sites = Site(models["conv"], "fc.weight"), Site(models["perceptron"], "inner.weight")
+    with pytest.raises(ValueError, match=said):
+        Exchange([Transfer(*sites, name="t", **transfer)], control=control)
+    with pytest.raises(ValueError, match=r"transfer t.target.mode factor is unknown: use one of full, svd"):
+        Exchange([Transfer(sites[0], Site(models["perceptron"], "inner.weight", "factor"), name="t")])  # type: ignore[arg-type]
+
+
+def test_the_state_of_other_transfers_is_refused() -> None:
+    models = build_pair()
+    sites = Site(models["conv"], "fc.weight"), Site(models["perceptron"], "inner.weight")
+    saved = Exchange([Transfer(*sites, name="there")]).state_dict()
+    with pytest.raises(ValueError, match="the saved exchange has the transfers there, and this one back"):
+        Exchange([Transfer(*sites, name="back")]).load_state_dict(saved)
+
+
 # --- controls ---
 
 

@@ -14,6 +14,8 @@ import torch
 from texts import ROWS, tokenizer, write_parquet, write_reviews
 from torch import nn
 
+from hetero_kt import data
+from hetero_kt.config import Data
 from hetero_kt.data import masked
 from hetero_kt.data.masked import IGNORED, MaskedRows
 from hetero_kt.data.text import TextLoader, load_tokenizer
@@ -133,10 +135,15 @@ def test_subsets_and_validation_are_drawn_per_class_and_never_overlap(tmp_path, 
     assert fewer.keys() < few.keys() < train.keys()
 
 
+def test_a_missing_vocabulary_is_told_with_its_options(tmp_path):
+    with pytest.raises(ValueError, match=r"^--data.NAME.text.tokenizer tokenizer \(or --data-dir\): .* no tokenizer"):
+        data.tokenizer(Data("imdb"), str(tmp_path))
+
+
 def test_settings_that_do_not_fit_are_refused(tmp_path, tokens):
     with pytest.raises(ValueError, match="rows of 2 tokens hold no text"):
         reviews(tmp_path, tokens, length=2)
-    with pytest.raises(ValueError, match="per_class is 4, but a class has only 3 samples"):
+    with pytest.raises(ValueError, match=r"--data.NAME.per-class 4: a class of imdb has only 3 samples: use at most 3"):
         reviews(tmp_path, tokens, per_class=4)
     with pytest.raises(ValueError, match="leaves nothing"):
         reviews(tmp_path, tokens, validation=0.01)

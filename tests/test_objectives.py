@@ -280,6 +280,8 @@ def test_a_teacher_is_a_run_a_file_or_a_model_with_published_weights(tmp_path: P
         (teacher,) = taught(*out, "--teacher", init).teachers.values()
         assert (teacher.name, teacher.pretrained) == (name, published), init
         assert teacher.init == ("" if published else init)
+    with pytest.raises(ValueError, match=r"^--teacher timm:resnet9x is no model: use timm:"):
+        taught(*out, "--teacher", "timm:resnet9x")
     both = taught(*out, "--teacher", "run:earlier", "run:cifar_distill_itself").teachers
     assert {key: one.name for key, one in both.items()} == {
         "teacher": "cifar:resnet_tiny",

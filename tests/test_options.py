@@ -428,6 +428,25 @@ def distilled(student: str = "student", teachers: tuple[str, ...] = ("teacher",)
     return Recipe("pair", models, {"d": Data("generated")}, Distill(known, **method), steps=4)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (with_model(optim=Optim("adam")), "--models.resnet50.optim.name adam is unknown: use one of sgd, adamw."),  # type: ignore[arg-type]
+        (with_transfer(update="exakt"), f"{TO}.update exakt is unknown: use one of lookahead, exact, none."),
+        (with_transfer(mode="facto"), f"{TO}.mode facto is unknown: use one of factor, full, svd."),
+        (
+            replace(recipe(), data={"cifar100": Data(augment=("crop", "blur"))}),  # type: ignore[arg-type]
+            "--data.cifar100.augment blur is unknown: use one of crop, flip, rotate.",
+        ),
+    ],
+)
+def test_a_recipe_of_ones_own_cannot_misspell_a_choice(wrong: Recipe, said: str) -> None:
+    """The command line compares with the annotations, Python does not: adam would train as adamw."""
+    with pytest.raises(ValueError) as error:
+        checks.check(wrong)
+    assert str(error.value) == said
+
+
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 @pytest.mark.parametrize("field", ["lr", "momentum", "weight_decay", "clip", "gamma", "warmup_lr", "min_lr"])
 def test_rates_are_neither_negative_nor_nan(field: str, value: float) -> None:

@@ -332,7 +332,7 @@ def test_bad_settings_are_refused(set_folder):
         of_shards(set_folder, workers=-1)
     with pytest.raises(ValueError, match="mixup -1"):
         of_shards(set_folder, mix=Mix(mixup=-1.0))
-    with pytest.raises(ValueError, match="per_class is 2, but a class has only 1 samples"):
+    with pytest.raises(ValueError, match="per-class 2: a class of shards has only 1 samples"):
         of_shards(set_folder, per_class=2)
     for transform, message in (
         (Transform(scale=(0.5, 0.1)), r"transform\.scale"),

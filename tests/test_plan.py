@@ -19,6 +19,7 @@ from hetero_kt.cost import additions, aside_cost, connection, crd_bytes, model_c
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.launch import Ranks
+from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.losses.memory import Memory
 from hetero_kt.nn.stages import Stages, split
 from hetero_kt.options import without_local_rank
@@ -155,6 +156,24 @@ def test_the_plan_prints_every_model_and_transfer(capsys: Any) -> None:
     printed = capsys.readouterr().out
     for word in ("resnet", "mobilenetv2", "on 4 rank(s)", "4x96", "ZeRO"):
         assert word in printed
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"target": "mobilenetv2:fc.wieght"}, "'fc.wieght' is no weight"),
+        ({"rank": 500}, "choose a rank from 1 to"),
+        ({"mode": "factor", "adapter": AdapterConfig("aligned")}, "the rows are those of factors"),
+    ],
+)
+def test_a_plan_refuses_a_transfer_that_a_run_would_refuse(changed: dict[str, Any], said: str) -> None:
+    """Two factors of one rank have equally many rows, which are no reason to read one by the other."""
+    one = recipe("svd")
+    assert isinstance(one.method, MergeNet)
+    ((name, transfer),) = one.method.transfers.items()
+    one = replace(one, method=MergeNet({name: replace(transfer, **changed)}))
+    with pytest.raises(ValueError, match=rf"^--method.transfers.{name}: .*{said}"):
+        plan.show(one, 2)
 
 
 def test_the_plan_of_a_distillation_prints_teachers_and_what_training_adds(

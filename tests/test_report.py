@@ -152,6 +152,14 @@ def test_a_run_that_was_cut_short_is_kept_apart(tmp_path: Path) -> None:
     assert [sheet.title for sheet in sheets] == ["toy: cnn", "toy (4 of 20 steps done): cnn"]
 
 
+def test_where_all_runs_were_cut_short_a_note_says_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "none", 0, 90)
+    assert report.gather([tmp_path], tables=()).notes == ()
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"steps": 4}))
+    assert report.gather([tmp_path], tables=()).notes == ("toy was cut short by --max-steps, at 4 of 20 steps.",)
+
+
 def test_runs_on_other_samples_do_not_count(tmp_path: Path) -> None:
     first = write_run(tmp_path, "none", 0, 50)
     other = write(tmp_path, recipe("none", 1), 90, {"data": {"pictures": [{"samples": 60}, {"samples": 359}]}})

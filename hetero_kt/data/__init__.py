@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from hetero_kt.config import Data
-from hetero_kt.data import counter, sayings
+from hetero_kt.data import sayings
 from hetero_kt.data.cifar import cifar100
 from hetero_kt.data.digits import digits
 from hetero_kt.data.generated import CLASSES as GENERATED_CLASSES
 from hetero_kt.data.generated import generated
-from hetero_kt.data.images import ImageSet, class_counts, draw_per_class
+from hetero_kt.data.images import ImageSet, chosen
 from hetero_kt.data.imdb import ReviewRows, imdb
 from hetero_kt.data.loader import Loader
 from hetero_kt.data.masked import MaskedRows, pretraining
@@ -26,8 +26,6 @@ from hetero_kt.data.squad import SquadRows, Windows, squad
 from hetero_kt.data.text import Rows, TextLoader, Tokenizer, load_tokenizer
 
 __all__ = ["ImageSet", "Loader", "PictureLoader", "Unreadable", "classes", "load", "open_loader"]
-
-_VALIDATION, _SUBSET = (counter.key(0, part) for part in (0, 1))
 
 
 def load(config: Data, data_dir: str = "", *, train: bool) -> ImageSet:
@@ -131,7 +129,7 @@ def folder(config: Data, data_dir: str) -> Path:
 
 def _shards(config: Data, data_dir: str, train: bool) -> Shards:
     def choose(labels: np.ndarray, classes: int) -> np.ndarray:
-        return _chosen(torch.from_numpy(labels), classes, config, train).numpy()
+        return _rows(torch.from_numpy(labels), classes, config, train).numpy()
 
     index = Index(folder(config, data_dir) / "train")
     if not train and config.validation == 0:
@@ -157,7 +155,10 @@ def tokenizer(config: Data, data_dir: str = "") -> Tokenizer:
             return world.vocabulary()
         return sayings.vocabulary()
     below = Path(_root(data_dir)) / config.text.tokenizer
-    return load_tokenizer(config.text.tokenizer if Path(config.text.tokenizer).exists() else below)
+    try:
+        return load_tokenizer(config.text.tokenizer if Path(config.text.tokenizer).exists() else below)
+    except ValueError as error:
+        raise ValueError(f"--data.NAME.text.tokenizer {config.text.tokenizer} (or --data-dir): {error}.") from error
 
 
 GENERATED = "generated"
@@ -184,7 +185,7 @@ def _texts(config: Data, data_dir: str, train: bool) -> Rows:
 
 def _load(config: Data, data_dir: str, train: bool) -> ImageSet:
     images = _read(config, data_dir, train or config.validation > 0)
-    rows = _chosen(images.labels, images.classes, config, train)
+    rows = _rows(images.labels, images.classes, config, train)
     return images if len(rows) == len(images) else images.take(rows)  # all of them are not copied
 
 
@@ -198,24 +199,5 @@ def _read(config: Data, data_dir: str, train: bool) -> ImageSet:
     return cifar100(_root(data_dir), train)
 
 
-def _chosen(labels: torch.Tensor, classes: int, config: Data, train: bool) -> torch.Tensor:
-    """Rows (S,), int64, of the samples that `validation` and `per_class` leave of a set, in their order."""
-    rows = torch.arange(len(labels))
-    if config.validation > 0:
-        counts = (class_counts(labels, classes) * config.validation).round().long()
-        if not 0 < int(counts.sum()) < len(labels):
-            raise ValueError(
-                f"data {config.name}: validation {config.validation} leaves nothing to train or to evaluate on:"
-                f" use 0.1, for example"
-            )
-        held_out = draw_per_class(labels, counts, _VALIDATION)
-        rows = rows[~held_out if train else held_out]
-    if train and config.per_class:
-        fewest = int(class_counts(labels[rows], classes).min())
-        if config.per_class > fewest:
-            raise ValueError(
-                f"data {config.name}: per_class is {config.per_class}, but a class has only {fewest} samples:"
-                f" use at most {fewest}, or 0 for all"
-            )
-        rows = rows[draw_per_class(labels[rows], torch.full((classes,), config.per_class), _SUBSET)]
-    return rows
+def _rows(labels: torch.Tensor, classes: int, config: Data, train: bool) -> torch.Tensor:
+    return chosen(labels, classes, config.name, validation=config.validation, per_class=config.per_class, train=train)

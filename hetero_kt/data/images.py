@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hetero_kt.data import counter
 
+_VALIDATION, _SUBSET = (counter.key(0, part) for part in (0, 1))
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -49,6 +51,36 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     """Mean and standard deviation of each channel of `images` (S, H, W, 3), uint8, as pixels in [0, 1]."""
     pixels = images.double().reshape(-1, images.shape[-1]) / 255
     return tuple(pixels.mean(0).tolist()), tuple(pixels.std(0, correction=0).tolist())
+
+
+def chosen(labels: Tensor, classes: int, name: str, *, validation: float, per_class: int, train: bool) -> Tensor:
+    """Rows (S,), int64, that `validation` and `per_class` leave of the set `name`, in their order.
+
+    `validation` is the fraction of every class that is held out of training to be evaluated on; `per_class` samples are
+    drawn from what is left, for training alone. The same ones in every run.
+
+    Raises:
+        ValueError: nothing is left, or a class has too few samples.
+    """
+    rows = torch.arange(len(labels))
+    if validation > 0:
+        counts = (class_counts(labels, classes) * validation).round().long()
+        if not 0 < int(counts.sum()) < len(labels):
+            raise ValueError(
+                f"--data.NAME.validation {validation} leaves nothing of {name} to train or to evaluate on: use 0.1, for"
+                " example."
+            )
+        held_out = draw_per_class(labels, counts, _VALIDATION)
+        rows = rows[~held_out if train else held_out]
+    if train and per_class:
+        fewest = int(class_counts(labels[rows], classes).min())
+        if per_class > fewest:
+            raise ValueError(
+                f"--data.NAME.per-class {per_class}: a class of {name} has only {fewest} samples: use at most {fewest},"
+                " or 0 for all."
+            )
+        rows = rows[draw_per_class(labels[rows], torch.full((classes,), per_class), _SUBSET)]
+    return rows
 
 
 def draw_per_class(labels: Tensor, counts: Tensor, key: int) -> Tensor:

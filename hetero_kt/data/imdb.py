@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from hetero_kt.data import cache, counter
-from hetero_kt.data.images import class_counts, draw_per_class
+from hetero_kt.data import cache
+from hetero_kt.data.images import chosen
 from hetero_kt.data.text import Tokenizer, blank, joined
 from hetero_kt.messages import first_line
 
 CLASSES = 2
 _FORMAT = 1  # of the cache
-_HELD_OUT, _SUBSET = (counter.key(0, part) for part in (0, 1))
 
 
 def read(data_dir: str | Path, part: str) -> tuple[list[str], np.ndarray]:
@@ -167,19 +166,6 @@ def imdb(
     if not texts:
         raise ValueError(f"IMDb's set in {data_dir} has no reviews: name another folder with --data-dir")
     rows = ReviewRows(texts, labels, tokenizer, length, folder=folder)
-    if validation > 0:
-        counts = (class_counts(torch.from_numpy(rows.labels), CLASSES) * validation).round().long()
-        held_out = draw_per_class(torch.from_numpy(rows.labels), counts, _HELD_OUT).numpy()
-        rows.choose(np.flatnonzero(~held_out if train else held_out))
-        if not len(rows.labels) or not counts.sum():
-            raise ValueError(f"imdb: validation {validation} leaves nothing to train or to evaluate on: use 0.1")
-    if train and per_class:
-        fewest = int(class_counts(torch.from_numpy(rows.labels), CLASSES).min())
-        if per_class > fewest:
-            raise ValueError(
-                f"imdb: per_class is {per_class}, but a class has only {fewest} samples: use at most {fewest}, or 0"
-                f" for all"
-            )
-        drawn = draw_per_class(torch.from_numpy(rows.labels), torch.full((CLASSES,), per_class), _SUBSET)
-        rows.choose(np.flatnonzero(drawn.numpy()))
+    left = chosen(torch.from_numpy(labels), CLASSES, rows.name, validation=validation, per_class=per_class, train=train)
+    rows.choose(left.numpy())
     return rows

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from hetero_kt.config import Control
+from hetero_kt.config import Control, nearest
 from hetero_kt.distributed import params
 from hetero_kt.distributed.learner import Learner
 from hetero_kt.methods.sharing import Sharing
@@ -40,7 +40,8 @@ class Exchange:
         steps: training steps of the whole run, for the adapters' schedules; not needed by constant ones.
 
     Raises:
-        ValueError: a site that does not exist or cannot take part, two transfers into one weight, `cycle` < 1.
+        ValueError: a site that does not exist or cannot take part, two transfers into one weight, `cycle` < 1, a
+            control, update or the like that there is not.
 
     Every call is collective. Adapters are plain modules, one copy a rank: their inputs are equal on all ranks, and so
     are their gradients, so that nothing has to be reduced. What is written is the first rank's proposal, everywhere.
@@ -49,6 +50,8 @@ class Exchange:
     def __init__(
         self, transfers: Sequence[Transfer], *, control: Control = "transfer", seed: int = 0, steps: int = 0
     ) -> None:
+        if control not in get_args(Control):  # or a misspelt control would be the transfer itself
+            raise ValueError(f"the control {control} is unknown: use {nearest(control, get_args(Control))}.")
         if control == "sharing":
             raise ValueError("the control sharing has no adapters: use Sharing of hetero_kt.methods.sharing.")
         self.control = control
@@ -137,7 +140,17 @@ class Exchange:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()` of an exchange with the same transfers."""
+        """Continue from `state_dict()` of an exchange with the same transfers.
+
+        Raises:
+            ValueError: it had others.
+        """
+        ours, theirs = [path.name for path in self.paths], list(state["paths"])
+        if set(ours) != set(theirs):
+            raise ValueError(
+                f"the saved exchange has the transfers {', '.join(theirs)}, and this one {', '.join(ours)}: make it "
+                "with those that were saved."
+            )
         self.step = state["step"]
         self.traffic.bytes = state["bytes_gathered"]
         for path in self.paths:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hetero_kt.config import Optim, Schedule
 from hetero_kt.distributed import params
+from hetero_kt.messages import check_choices
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import AdapterConfig
 
@@ -71,12 +72,18 @@ class View:
 
 
 def named(transfers: Sequence[Transfer]) -> list[Transfer]:
-    """With a name for each, by which it is logged and saved; those without one are called after their weights."""
+    """With a name for each, by which it is logged and saved; those without one are called after their weights.
+
+    Raises:
+        ValueError: a mode, an update, a kind of adapter or the like that does not exist.
+    """
     names: list[str] = []
     for transfer in transfers:
         plain = transfer.name or f"{transfer.source.weight}->{transfer.target.weight}"
         same = sum(name.partition(" #")[0] == plain for name in names)
         names.append(f"{plain} #{same + 1}" if same else plain)
+    for transfer, name in zip(transfers, names, strict=True):
+        check_choices(transfer, f"transfer {name}")
     return [replace(transfer, name=name) for transfer, name in zip(transfers, names, strict=True)]
 
 

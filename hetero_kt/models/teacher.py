@@ -199,8 +199,9 @@ def weights_of(init: str, option: str, output_dir: str = "runs") -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
+        how = " (--first VARIANT does so in the same start)" if init.startswith(RUN) else ""
         raise ValueError(
-            f"{option} {init} names {path}, which does not exist: train that model first, or name another file."
+            f"{option} {init} names {path}, which does not exist: train that model first{how}, or name another file."
         )
     found = sorted([*path.rglob("export/*.safetensors"), *path.rglob("export/*/model.safetensors")])
     found = [file for file in found if _finished(next(p for p in file.parents if p.name == "export").parent)]

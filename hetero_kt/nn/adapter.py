@@ -149,9 +149,10 @@ def goes_by_row(kind: str, target_shape: tuple[int, int], source_shape: tuple[in
         return True
     if m != M:
         needs = "equal rows or equal columns" if rows_align else "equal columns (the rows are those of factors)"
+        whole = "" if rows_align else " mode 'full',"
         raise ValueError(
             f"adapter.kind '{kind}' needs {needs}, and {n}x{m} <- {N}x{M} share neither: "
-            "choose other weights, mode 'full', or adapter.kind 'lpka'."
+            f"choose other weights,{whole} or adapter.kind 'lpka'."
         )
     return False
 

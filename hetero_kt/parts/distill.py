@@ -153,8 +153,9 @@ def check_pairs(recipe: Recipe, made_before: set[str]) -> None:
 
 
 def _split(option: str, name: str, pictures: Data, data_dir: str, size: int) -> Stages:
+    classes = data.classes(pictures, data_dir)  # what is wrong with the data is not the model's fault
     try:
-        return split(models.build(name, data.classes(pictures, data_dir), image_size=size), size)
+        return split(models.build(name, classes, image_size=size), size)
     except ValueError as error:
         raise ValueError(f"{option} {name}: {str(error).rstrip('.')}.") from error
 

@@ -28,14 +28,17 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
     modules = {}
     for name, model in recipe.models.items():
         seed_by_name(recipe, name)
-        modules[name] = build_model(
-            model,
-            recipe.data[model.data],
-            recipe.data_dir,
-            recipe.output_dir,
-            zero_block(model.zero) if _in_pieces(recipe, name) else None,
-            f"--models.{name}",
-        )
+        try:
+            modules[name] = build_model(
+                model,
+                recipe.data[model.data],
+                recipe.data_dir,
+                recipe.output_dir,
+                zero_block(model.zero) if _in_pieces(recipe, name) else None,
+                f"--models.{name}",
+            )
+        except ValueError as error:
+            raise ValueError(str(error).replace("--data.NAME", f"--data.{model.data}")) from error
         check_precision(f"--models.{name}.precision", model.precision, modules[name])
     if isinstance(recipe.method, MergeNet):
         for label, transfer in recipe.method.transfers.items():

@@ -32,7 +32,7 @@ class Report:
     sheets: tuple[Sheet, ...]
     """A comparison per experiment and model, then the published tables."""
     notes: tuple[str, ...]
-    """Runs that do not count or are kept apart, each with its reason."""
+    """Runs that do not count, are kept apart or were cut short, each with its reason."""
 
     def markdown(self) -> str:
         """All tables and remarks."""

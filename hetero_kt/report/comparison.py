@@ -107,7 +107,16 @@ def experiments(found: Iterable[Run]) -> tuple[list[Experiment], list[str]]:
             notes += reasons
             if arms:
                 made.append(Experiment(f"{name} ({other})" if other else name, tuple(arms)))
+                notes += _cut_short(made[-1])
     return made, notes
+
+
+def _cut_short(experiment: Experiment) -> list[str]:
+    """A sentence on runs that --max-steps has ended early, where all did: else the title tells them from the others."""
+    run, *_ = experiment.runs()
+    if run.recipe is None or run.steps >= run.recipe.steps or "steps done" in experiment.title:
+        return []
+    return [f"{experiment.title} was cut short by --max-steps, at {run.steps} of {run.recipe.steps} steps."]
 
 
 def _arms(group: Sequence[Run]) -> tuple[list[Arm], list[str]]:
