@@ -87,7 +87,7 @@ def check(recipe: Recipe, world: int = 1) -> None:
     if all(0 < model.steps < recipe.steps for model in recipe.models.values()):
         raise ValueError(f"--steps {recipe.steps} is more than any model trains for: lower it to the longest.")
     if isinstance(recipe.method, Distill):
-        _check_distill(recipe, recipe.method)
+        _check_distill(recipe, recipe.method, world)
         return
     for name, transfer in recipe.method.transfers.items():
         _check_transfer(f"--method.transfers.{name}", transfer, recipe.models)
@@ -267,7 +267,7 @@ def _check_rates(option: str, optim: Optim, schedule: Schedule) -> None:
         )
 
 
-def _check_distill(recipe: Recipe, method: Distill) -> None:
+def _check_distill(recipe: Recipe, method: Distill, world: int) -> None:
     if len(recipe.models) != 1:
         raise ValueError(f"--models has {len(recipe.models)} entries: distillation trains one student.")
     ((name, student),) = recipe.models.items()
@@ -290,6 +290,13 @@ def _check_distill(recipe: Recipe, method: Distill) -> None:
             raise ValueError(
                 f"--method.teachers.{fused}: teacher {teacher}'s fused model is called so: give another name."
             )
+    rows = student.micro_batch or recipe.data[student.data].batch // world
+    if rows < method.least_rows(world):
+        smaller = f"--models.{name}.micro-batch" if student.micro_batch else f"--data.{student.data}.batch"
+        raise ValueError(
+            f"{smaller} leaves {rows} rows in a rank's forward, where {method.objective} has nothing to compare: use "
+            f"{method.least_rows(world)} a rank or more."
+        )
     if method.objective in ASIDE and zero_block(student.zero, f"--models.{name}.zero")["stage"] == 0:
         raise ValueError(
             f"--models.{name}.zero {student.zero} is stage 0, under which DeepSpeed takes no backward through several "

@@ -171,7 +171,8 @@ class Model:
     data: str
     """Which entry of `Recipe.data` it trains on; models that name the same entry see the same batches."""
     init: str = ""
-    """A safetensors file to start from (of BERT also a folder with one, of any task); empty starts fresh."""
+    """Where to start from: a safetensors file (of BERT also a folder with one, of any task), a run's folder, or
+    `run:RECIPE` for a run below the output folder; empty starts fresh."""
     pretrained: bool = False
     """Start from timm's published weights (needs the hub or its cache)."""
     optim: Optim = field(default_factory=Optim)
@@ -466,6 +467,14 @@ class Distill:
     def label_weight(self) -> float:
         """Of the student's own cross-entropy."""
         return {"kd": self.kd.labels, "tfkd": 1 - self.tfkd.weight}.get(self.objective, 1.0)
+
+    def least_rows(self, world: int = 1) -> int:
+        """Rows of a rank in one forward below which this arm's loss has nothing to compare, and is a constant that
+        teaches nothing: distances and angles are relative, and InfoNCE needs a row that is not the row's own."""
+        contrasts = self.objective == "fitnet" and self.fitnet.form == "infonce"
+        if self.objective == "fbt" and self.fbt.pair.startswith("infonce"):
+            contrasts = world == 1 or not self.fbt.gather
+        return 3 if self.objective == "rkd" else 2 if contrasts else 1
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ def shrink(recipe: Recipe, world: int = 1, before: Collection[str] = ()) -> Reci
     share = -(-DEBUG_BATCH // world)
     if any(entry.name == "captions" for entry in recipe.data.values()):
         share = max(share, 4)  # a rank draws negatives among its own, also in halves
+    if isinstance(recipe.method, Distill):
+        share = max(share, 2 * recipe.method.least_rows(world))
     micro_batch = largest_divisor(share, share // 2) if share > 1 else 0
     data = {name: _tiny_data(entry, share * world) for name, entry in recipe.data.items()}
     models = {

@@ -76,10 +76,10 @@ def features(
     """
     if inits and len(inits) != len(names):
         raise ValueError(
-            f"init names {len(inits)} weights for {len(names)} models: give one for each, with {FRESH} for fresh ones"
+            f"--init names {len(inits)} weights for {len(names)} models: give one for each, with {FRESH} for fresh ones"
         )
     if image_size < 1:
-        raise ValueError(f"image_size is {image_size}: a picture has at least 1 pixel")
+        raise ValueError(f"--image-size {image_size}: a picture has at least 1 pixel")
     found = find_pictures(images)
     pictures_BCHW = torch.stack([read_picture(path, image_size) for path in found])
     rows = []
@@ -101,16 +101,16 @@ def find_pictures(images: Sequence[str | Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
             if not inside:
-                raise ValueError(f"images: {path} holds no pictures ({', '.join(SUFFIXES)}): name a folder that does")
+                raise ValueError(f"--images: {path} holds no pictures ({', '.join(SUFFIXES)}): name a folder that does")
             found += inside
         elif path.is_file():
             found.append(path)
         else:
-            raise ValueError(f"images: {path} does not exist: name picture files, or folders of some")
+            raise ValueError(f"--images: {path} does not exist: name picture files, or folders of some")
     if not found:
-        raise ValueError("images is empty: name picture files, or folders of some")
+        raise ValueError("--images is empty: name picture files, or folders of some")
     if len(found) > MOST:
-        raise ValueError(f"images: {len(found)} pictures are too many for one figure: name {MOST} at most")
+        raise ValueError(f"--images: {len(found)} pictures are too many for one figure: name {MOST} at most")
     return found
 
 
@@ -124,7 +124,7 @@ def read_picture(path: Path, size: int) -> Tensor:
             picture = ImageOps.exif_transpose(opened).convert("RGB")
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"images: {path} cannot be read as a picture: leave it out, or mend it") from error
+        raise ValueError(f"--images: {path} cannot be read as a picture: leave it out, or mend it") from error
     pixels_HWC = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3)
     return pixels_HWC.permute(2, 0, 1) / 255
 

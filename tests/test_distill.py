@@ -717,6 +717,14 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "ZeRO-0": ((*FRESH, "--zero-config", "ds_configs/zero0.json"), (f"{STUDENT}.zero", "stage 0", "zero1.json")),
     "micro-batch": ((*FRESH, f"{STUDENT}.micro-batch", "3"), (f"{STUDENT}.micro-batch 3", "16 rows", "use 2")),
+    "nothing to contrast": (
+        (*FRESH, f"{STUDENT}.micro-batch", "1"),
+        (f"{STUDENT}.micro-batch leaves 1 rows", "fbt has nothing to compare", "use 2"),
+    ),
+    "nothing to relate": (
+        (*FRESH, "--control", "rkd", "--data.pictures.batch", "4"),
+        ("--data.pictures.batch leaves 2 rows", "rkd has nothing to compare", "use 3"),
+    ),
     "odd rows to mix": (
         (*FRESH, "--data.pictures.batch", "6", "--data.pictures.mix.mixup", "0.8"),
         ("--data.pictures.mix", "3 here", "even"),

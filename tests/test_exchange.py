@@ -374,6 +374,17 @@ def test_a_misspelt_name_is_not_taken_for_another(transfer: Any, control: Any, s
         Exchange([Transfer(sites[0], Site(models["perceptron"], "inner.weight", "factor"), name="t")])  # type: ignore[arg-type]
 
 
+def test_a_loop_that_never_lets_the_adapters_learn_is_warned() -> None:
+    exchange = Exchange([Transfer(*(Site(nn.Linear(5, 4), "weight") for _ in range(2)), cycle=1, name="a")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exchange.propose()
+        exchange.learn()
+        exchange.propose()
+    with pytest.warns(UserWarning, match=r"call learn\(\) after the steps"):
+        exchange.propose()
+
+
 def test_the_state_of_other_transfers_is_refused() -> None:
     models = build_pair()
     sites = Site(models["conv"], "fc.weight"), Site(models["perceptron"], "inner.weight")

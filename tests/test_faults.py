@@ -102,7 +102,7 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "data corrupt": (("--variant", "cpu", "--data-dir", "{folder}/data"), ("train.parquet", "--data-dir")),
     "init": (
         (*DIGITS, "--models.resnet.init", "{folder}/none.safetensors"),
-        ("{folder}/none.safetensors", "not a file"),
+        ("--models.resnet.init", "{folder}/none.safetensors", "does not exist"),
     ),
     "zero": ((*DIGITS, "--zero-config", "{folder}/zero9.json"), ("--zero-config", "ds_configs/zero0.json")),
     "bf16": (

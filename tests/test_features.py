@@ -145,11 +145,11 @@ def test_the_command_draws_trained_weights_from_a_file_and_a_runs_folder(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["cifar:resnet_tiny", "--images", "nowhere"], "images: nowhere does not exist"),
+        (["cifar:resnet_tiny", "--images", "nowhere"], "--images: nowhere does not exist"),
         (["cifar:resnet_tiny", "--images", "empty"], "holds no pictures"),
         (["cifar:resnet_tiny", "--images", "broken.png"], "cannot be read as a picture"),
         (["cifar:resnet_tiny", "--images", *["good.png"] * 17], "17 pictures are too many"),
-        (["cifar:resnet_tiny", "--images", "good.png", "--image-size", "0"], "image_size is 0"),
+        (["cifar:resnet_tiny", "--images", "good.png", "--image-size", "0"], "--image-size 0"),
         (["cifar:resnet_tinny", "--images", "good.png"], "no model is called"),
         (["timm:vgg11", "--images", "good.png"], "VGG cannot be split"),
         (["cifar:resnet_tiny", "--images", "good.png", "--init", "a", "b"], "2 weights for 1 models"),

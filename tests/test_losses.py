@@ -15,7 +15,7 @@ from small import zero
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hetero_kt.config import Optim
+from hetero_kt.config import Distill, Optim
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.params import Weight, read
 from hetero_kt.nn.losses import FitNet, InfoNCE, dkd, fcfd, kd, nkd, ofa, rkd_angle, rkd_distance, tf_kd, uskd
@@ -327,6 +327,34 @@ def test_rkd_s_gradients_are_the_formula_s_and_the_student_s_alone(loss: Any) ->
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher), student)
     loss(student, teacher).backward()
     assert teacher.grad is None
+
+
+def rkd_both(student: Tensor, teacher: Tensor) -> Tensor:
+    return rkd_distance(student, teacher) + rkd_angle(student, teacher)
+
+
+def infonce(student: Tensor, teacher: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return InfoNCE(student.shape[1], teacher.shape[1]).double()(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("loss", "method"),
+    [
+        (rkd_both, Distill({}, "rkd")),
+        (infonce, Distill({}, "fbt")),
+        (infonce, Distill({}, "fitnet")),
+    ],
+    ids=["rkd", "fbt", "fitnet"],
+)
+def test_fewer_rows_than_a_method_s_least_teach_nothing_and_as_many_do(loss: Any, method: Distill) -> None:
+    torch.manual_seed(3)
+    moved = []
+    for rows in (method.least_rows() - 1, method.least_rows()):
+        student = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+        loss(student, torch.randn(rows, 5, dtype=torch.float64)).backward()
+        moved.append(float(student.grad.norm()))
+    assert moved[0] < 1e-12 < 1e-4 < moved[1]
 
 
 @pytest.mark.parametrize("loss", [rkd_distance, rkd_angle])

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,17 @@ def test_the_page_has_all_of_the_report(file: Path) -> None:
         *("toy/frozen/seed0 has a result.json that cannot be read", "toy, transfer, seeds 0, 1, 2"),
     ):
         assert part in text, part
+
+
+def test_every_form_of_a_transfer_shows_what_its_adapter_weighs() -> None:
+    forms = (("transfer", "transfer"), ("transfer (rank 8)", "transfer"), ("noise", "noise"))
+    arms = tuple(Arm(label, name, {0: SimpleNamespace(folder=Path(label))}) for label, name in forms)
+    logs = {Path(label): {"to_cnn/omega0.0": {1: 0.25, 2: 0.5}} for label, _ in forms}
+    found = page._omega(Experiment("toy", arms), logs, "to_cnn")
+    said = [chart.caption.split(", weights")[0] for chart in found]
+    assert said == ["omega of layer 1, transfer", "omega of layer 1, transfer (rank 8)"]
+    (alone,) = page._omega(Experiment("toy", arms[::2]), logs, "to_cnn")
+    assert alone.caption.startswith("omega of layer 1, weights of")
 
 
 def test_text_of_runs_never_becomes_markup(file: Path) -> None:

@@ -17,7 +17,7 @@ from small import zero
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hetero_kt import models
+from hetero_kt import models, parts
 from hetero_kt.config import Data, Distill, Model, Recipe, Teacher, to_yaml
 from hetero_kt.models.teacher import RANDOM, Frozen, build_teacher
 from hetero_kt.nn.stages import expose
@@ -245,6 +245,15 @@ def test_its_weights_are_those_of_a_file_or_a_run(tmp_path: Path, source: str) -
     teacher = build(Teacher("cifar:resnet_tiny", init), output_dir=str(tmp_path))
     found = teacher.module.state_dict()
     assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_student_starts_from_a_file_or_a_run_as_a_teacher_does(tmp_path: Path, source: str) -> None:
+    state = export(tmp_path / "known" / "none" / "seed0", "teacher")
+    init = SOURCES[source].replace("{out}", str(tmp_path))
+    model = parts.build_model(Model("cifar:resnet_tiny", "d", init=init), Data("digits"), "", str(tmp_path))
+    found = model.state_dict()
     assert all(torch.equal(found[name], state[name]) for name in state)
 
 

@@ -8,6 +8,7 @@ adapter learns from a vector-Jacobian product of its own proposal.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -70,6 +71,10 @@ class Exchange:
         Raises:
             TransferDiverged: five proposals in a row were not finite.
         """
+        if any(path.learns for path in self._due):
+            warnings.warn(
+                "the adapters have not learnt from the transfer before: call learn() after the steps.", stacklevel=2
+            )
         self._due = [p for p in self.paths if self.control != "none" and p.transfer.is_due(self.step)]
         for path in self._due:
             path.raise_if_diverged()

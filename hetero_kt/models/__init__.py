@@ -43,7 +43,9 @@ def build(name: str, classes: int, *, pretrained: bool = False, image_size: int 
         raise ValueError(_unknown(name))
     if family == "cifar":
         if pretrained:
-            raise ValueError(f"{name} has no published weights: set pretrained off, or name a timm: model")
+            raise ValueError(
+                f"{name} has no published weights: name a timm: model that has, or a file or run with its own"
+            )
         model = cifar.MODELS[rest](classes)
     else:
         model = _build_timm(rest, classes, pretrained, image_size)
@@ -137,7 +139,7 @@ def _build_timm(name: str, classes: int, pretrained: bool, image_size: int) -> n
     if published is not None and published.fixed_input_size:
         options["img_size"] = image_size
     if pretrained and not timm.is_model_pretrained(name):
-        raise ValueError(f"timm:{name} has no published weights: set pretrained off, or give a file as init")
+        raise ValueError(f"timm:{name} has no published weights: name another model, or a file or run with its own")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, **options)
     except Exception as error:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL
+import timm
 import torch
 from torch import nn
 
@@ -121,6 +123,8 @@ def store_of(recipe: Recipe, name: str, teacher: Frozen, loader: Any) -> Store:
         "pictures": [pictures.pipeline, pictures.image_size, list(loader.mean), list(loader.std), transform],
         "seed": recipe.seed if transform else 0,
         "precision": model.precision,
+        # another version may draw another picture for the same seed
+        "versions": {library.__name__: library.__version__ for library in (torch, timm, PIL)},
     }
     root = Path(recipe.output_dir) / "teacher_logits"
     return Store(root, about, loader.samples, pictures.augmentations or 1, loader.classes)

@@ -77,17 +77,17 @@ def build_model(
     """A recipe's model for its data, with its first weights; with a ZeRO-3 block, a BERT is built in pieces."""
     if config.name in data.PAIRS:
         return _build_xvlm(model, config, data_dir, output_dir, option)
+    init = str(weights_of(model.init, f"{option}.init", output_dir)) if model.init else ""
     if config.name in data.TEXTS:
         from hetero_kt.models import bert
 
         tokens = data.tokenizer(config, data_dir)
-        init = str(weights_of(model.init, f"{option}.init", output_dir)) if model.init else ""
         module, start = bert.build(model.name, bert.TASKS[config.name], vocabulary=tokens, init=init, zero=zero)
         if launch.place()[0] == 0 and (init or model.name.startswith("hf:")):
             print(f"{model.name}: {start}", flush=True)
         return module
     classes = data.classes(config, data_dir)
-    return models.build(model.name, classes, pretrained=model.pretrained, image_size=config.image_size, init=model.init)
+    return models.build(model.name, classes, pretrained=model.pretrained, image_size=config.image_size, init=init)
 
 
 def _build_xvlm(model: Model, config: Data, data_dir: str, output_dir: str, option: str) -> nn.Module:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hetero_kt.nn.adapter import UNFOLDINGS
 from hetero_kt.report import Report, charts, text
-from hetero_kt.report.comparison import Cell, Experiment, Sheet
+from hetero_kt.report.comparison import Arm, Cell, Experiment, Sheet
 from hetero_kt.report.figures import compared
 from hetero_kt.report.history import band, first_of, history
 from hetero_kt.report.metrics import heading, leading
@@ -134,10 +134,12 @@ def _paths(logs: Any) -> list[str]:
 
 
 def _omega(experiment: Experiment, logs: Mapping[Path, Any], path: str) -> list[charts.Chart | None]:
-    """Per layer of the adapter the weights of its unfoldings, of the transfer alone."""
-    arm = next((arm for arm in experiment.arms if arm.name == "transfer"), None)
-    if arm is None:
-        return []
+    """Per layer of the adapter the weights of its unfoldings, of the transfers alone."""
+    arms = [arm for arm in experiment.arms if arm.name == "transfer"]
+    return [chart for arm in arms for chart in _omega_of(arm, f", {arm.label}" if len(arms) > 1 else "", logs, path)]
+
+
+def _omega_of(arm: Arm, of_which: str, logs: Mapping[Path, Any], path: str) -> list[charts.Chart | None]:
     own = [logs[run.folder] for run in arm.runs.values()]
     found = [re.fullmatch(rf"{re.escape(path)}/omega(\d+)\.(\d+)", key) for log in own for key in log]
     layers: dict[int, dict[int, None]] = {}
@@ -150,7 +152,9 @@ def _omega(experiment: Experiment, logs: Mapping[Path, Any], path: str) -> list[
             label = " <- ".join(UNFOLDINGS[i]) if i < len(UNFOLDINGS) else str(i)
             series = [log.get(f"{path}/omega{layer}.{i}", {}) for log in own]
             curves.append(charts.Curve(label, i + 1, *band(series)))
-        made.append(charts.lines(f"omega of layer {layer + 1}", "weights of target <- source unfoldings", curves))
+        made.append(
+            charts.lines(f"omega of layer {layer + 1}{of_which}", "weights of target <- source unfoldings", curves)
+        )
     return made
 
 
