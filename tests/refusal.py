@@ -33,7 +33,7 @@ def start(launcher: Path, arguments: Sequence[str]) -> Ended:
 
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
-        patch.setattr(running.parts, "build_learner", no_engine)
+        patch.setattr(running.parts.models, "build_learner", no_engine)
         patch.setattr(Frozen, "start", no_engine)
         patch.setattr(launch, "start", lambda *_: Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu")))
         patch.setattr(dist, "destroy_process_group", lambda: None)

@@ -267,7 +267,7 @@ def tied(recipe: Any) -> str:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
         patch.setattr(models, "build", with_twin)
-        patch.setattr(running.parts, "build_learner", None)
+        patch.setattr(running.parts.models, "build_learner", None)
         with pytest.raises(running.UserError) as error:
             running.run(recipe, Options(), ranks, launch.StopSignal())
     return str(error.value)
@@ -324,7 +324,7 @@ def test_a_plan_of_what_does_not_exist_is_one_sentence(ranks: Any) -> None:
     found = ranks(1).run(start, [*DIGITS, "--plan", f"{TRANSFER}.target", "mobilenetv2:nothing.weight"])
     status, _, err = found[0]
     assert status == 2
-    assert err.startswith("error: 'nothing.weight' is no weight")
+    assert err.startswith("error: --method.transfers.to_mobilenetv2: 'nothing.weight' is no weight")
 
 
 # --- proposals that are not finite ---
