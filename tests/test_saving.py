@@ -215,11 +215,13 @@ def test_training_goes_on_while_files_are_written_and_they_hold_the_step_of_the_
 
 def slowly_removed(folder: str) -> list[Any]:
     """Trains on while an old checkpoint is still being removed; what is complete meanwhile and afterwards."""
-    learner, place, may_go_on = learner_of(), Path(folder), threading.Event()
+    learner, place, removing, may_go_on = learner_of(), Path(folder), threading.Event(), threading.Event()
     real = shutil.rmtree
 
     def waits(path: Any, *args: Any, **more: Any) -> None:
-        assert threading.current_thread().name != "pruning" or may_go_on.wait(60)
+        if threading.current_thread().name == "pruning":
+            removing.set()
+            assert may_go_on.wait(60)
         real(path, *args, **more)
 
     step(learner)
@@ -231,6 +233,7 @@ def slowly_removed(folder: str) -> list[Any]:
         saving.save(2, {"one": learner}, {})
         while (written := saving.settle()) is None:
             step(learner)
+        assert removing.wait(60)
         meanwhile = sorted(path.name for path in place.iterdir()), [path.name for path in layout.complete(place)]
         may_go_on.set()
         saving.finish()

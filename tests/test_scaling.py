@@ -89,7 +89,8 @@ def test_however_many_sites_and_models_a_transfer_is_two_gathers_and_a_broadcast
 def test_a_transfer_is_timed_in_its_parts_beside_the_step(points_of_two: Any) -> None:
     for point in points_of_two[0]:
         assert point["transfer"] == point["gather"] + point["adapter"]
-        assert 0 < point["gather"] < point["adapter"]
+        assert point["gather"] > 0
+        assert point["adapter"] > 0
         assert 0 < point["step"] < 60
         assert point["engines send"] > 0
 
