@@ -322,6 +322,7 @@ def _check_distill(recipe: Recipe, method: Distill, world: int) -> None:
         ("dkd.alpha", method.dkd.alpha),
         ("dkd.beta", method.dkd.beta),
         ("nkd.gamma", method.nkd.gamma),
+        ("nkd.labels", method.nkd.labels),
         ("tfkd.multiplier", method.tfkd.multiplier),
         ("uskd.alpha", method.uskd.alpha),
         ("uskd.beta", method.uskd.beta),

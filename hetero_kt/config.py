@@ -288,8 +288,10 @@ class KD:
 
 @dataclass(frozen=True)
 class RKD:
-    """Relational distillation (Park et al. 2019) of the pooled features, within one rank's micro-batch."""
+    """Relational distillation (Park et al. 2019) within one rank's micro-batch."""
 
+    of: Literal["pooled", "logits"] = "pooled"
+    """What rows are compared by: pooled features; MergeNet's authors took logits, with weights of 1 and 2."""
     distance: float = 25.0
     """Weight of the distances; with 1 here and 2 for angles as the paper has them for embeddings."""
     angle: float = 50.0
@@ -316,6 +318,8 @@ class NKD:
     gamma: float = 3.5
     """Of the classes that are not right; 1.5 at a temperature of 1 on ImageNet."""
     temperature: float = 3.0
+    labels: float = 1.0
+    """Of the labels' cross-entropy, which MergeNet's authors left out."""
 
 
 @dataclass(frozen=True)
@@ -374,6 +378,9 @@ class OFA:
     """1.0 on CIFAR-100, 1.5 on ImageNet."""
     weight: float = 1.0
     """Of the branches' terms; the final logits' term has 1."""
+    public: bool = True
+    """The public code's loss, beside the labels' cross-entropy. False: the paper's, which has that in every term and
+    takes only the right class to the power of gamma."""
 
 
 @dataclass(frozen=True)
@@ -466,7 +473,13 @@ class Distill:
     @property
     def label_weight(self) -> float:
         """Of the student's own cross-entropy."""
-        return {"kd": self.kd.labels, "tfkd": 1 - self.tfkd.weight}.get(self.objective, 1.0)
+        weights = {
+            "kd": self.kd.labels,
+            "nkd": self.nkd.labels,
+            "tfkd": 1 - self.tfkd.weight,
+            "ofa": float(self.ofa.public),  # the paper's form has it within
+        }
+        return weights.get(self.objective, 1.0)
 
     def least_rows(self, world: int = 1) -> int:
         """Rows of a rank in one forward below which this arm's loss has nothing to compare, and is a constant that

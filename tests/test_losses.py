@@ -64,6 +64,23 @@ def test_ofa_is_the_formula_of_its_public_code(rows: int, classes: int, seed: in
     )
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 1.5])
+def test_ofa_as_the_paper_writes_it(gamma: float) -> None:
+    torch.manual_seed(5)
+    student, teacher = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    labels = torch.tensor([0, 3, 5, 3])
+    expected = 0.0
+    for s, t, y in zip(student, teacher, labels.tolist(), strict=True):
+        for c in range(6):
+            p, q = math.exp(t[c]) / sum(map(math.exp, t)), math.exp(s[c]) / sum(map(math.exp, s))
+            expected -= ((1 + p) ** gamma if c == y else p) * math.log(q) / 4
+    assert float(ofa(student, teacher, labels, gamma=gamma, public=False)) == pytest.approx(expected)
+    together = F.cross_entropy(student, labels) + ofa(student, teacher, labels, gamma=1.0)
+    torch.testing.assert_close(ofa(student, teacher, labels, gamma=1.0, public=False), together)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: ofa(s, teacher, labels, gamma=gamma, public=False), (student,))
+
+
 def test_ofa_at_gamma_1_is_the_cross_entropy_to_the_teacher_s_probabilities() -> None:
     student, teacher, labels = logits(5, 7, 0)
     torch.testing.assert_close(ofa(student, teacher, labels, gamma=1.0), F.cross_entropy(student, teacher.softmax(-1)))

@@ -24,6 +24,8 @@ from hetero_kt import run as running
 from hetero_kt.config import Mix, TfKD
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.folder import run_folder
+from hetero_kt.methods import objectives
+from hetero_kt.nn import losses
 from hetero_kt.nn.losses import crd
 from hetero_kt.nn.losses.memory import Memory, Negatives, Sides
 from hetero_kt.options import Options
@@ -302,3 +304,16 @@ def test_label_weights_are_those_of_the_formulas(tmp_path: Path) -> None:
     assert weights.pop("tfkd") == pytest.approx(0.05)
     assert set(weights.values()) == {1.0}
     assert replace(method, objective="kd", kd=config.KD(labels=0.1)).label_weight == 0.1
+    assert replace(method, objective="nkd", nkd=config.NKD(labels=0.0)).label_weight == 0.0
+    assert replace(method, objective="ofa", ofa=config.OFA(public=False)).label_weight == 0.0, "it is in every term"
+
+
+@pytest.mark.parametrize("of", ["pooled", "logits"])
+def test_rkd_compares_rows_by_what_it_is_told(of: Any) -> None:
+    torch.manual_seed(2)
+    ours, theirs = ({"pooled": torch.randn(5, width), "logits": torch.randn(5, 3)} for width in (4, 6))
+    chosen = objectives.RKD(config.RKD(of=of, distance=1.0, angle=2.0), {"teacher": lambda _: theirs})
+    logits, terms = chosen(lambda *_, **__: ours, None, torch.zeros(5), torch.zeros(5))
+    assert torch.equal(logits, ours["logits"])
+    expected = losses.rkd_distance(ours[of], theirs[of]) + 2 * losses.rkd_angle(ours[of], theirs[of])
+    torch.testing.assert_close(sum(terms.values()), expected)

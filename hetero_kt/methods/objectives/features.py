@@ -16,7 +16,7 @@ from hetero_kt.nn.stages import Stages
 
 
 class RKD:
-    """Relations between the pooled features of a micro-batch's rows (Park et al. 2019):
+    """Relations between the pooled features, or the logits, of a micro-batch's rows (Park et al. 2019):
     L = CE + distance * L_D + angle * L_A."""
 
     name, aside = "", None
@@ -28,7 +28,7 @@ class RKD:
         own = student(pictures, features=True)
         terms = {}
         for name, teacher in self.teachers.items():
-            ours, theirs = own["pooled"], teacher(pictures)["pooled"]
+            ours, theirs = own[self.settings.of], teacher(pictures)[self.settings.of]
             for kind, weight, loss in (
                 ("distance", self.settings.distance, losses.rkd_distance),
                 ("angle", self.settings.angle, losses.rkd_angle),

@@ -62,7 +62,7 @@ class DKD(Evolving):
 
 
 class NKD:
-    """Normalised probabilities (Yang et al. 2023): L = CE + L_NKD. (MergeNet's authors left the CE out.)"""
+    """Normalised probabilities (Yang et al. 2023): L = labels * CE + L_NKD."""
 
     name, aside = "", None
 
@@ -137,7 +137,8 @@ class _Head(nn.Module):
 
 class OFA:
     """One for all (Hao et al. 2023): the final logits and those of a branch behind each of the student's stages learn
-    from the teacher's logits: L = CE + L_OFA(final) + weight * sum over the branches of L_OFA."""
+    from the teacher's logits: L = CE + L_OFA(final) + weight * sum over the branches of L_OFA. In the paper's form the
+    terms hold a CE each, and none is beside them."""
 
     name = "branches"
 
@@ -152,7 +153,8 @@ class OFA:
         for name, teacher in self.teachers.items():
             known = teacher.logits(pictures)
             final, *early = (
-                losses.ofa(logits, known, labels, gamma=self.settings.gamma) for logits in (own["logits"], *branches)
+                losses.ofa(logits, known, labels, gamma=self.settings.gamma, public=self.settings.public)
+                for logits in (own["logits"], *branches)
             )
             terms[f"{name}_to_student/ofa_loss"] = final
             terms[f"{name}_to_branches/ofa_loss"] = self.settings.weight * torch.stack(early).sum()

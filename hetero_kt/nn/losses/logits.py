@@ -26,7 +26,7 @@ def kd(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def ofa(student_BK: Tensor, teacher_BK: Tensor, labels: Tensor, *, gamma: float) -> Tensor:
+def ofa(student_BK: Tensor, teacher_BK: Tensor, labels: Tensor, *, gamma: float, public: bool = True) -> Tensor:
     """One-for-all distillation (Hao et al. 2023, arXiv 2310.19444), as its public code has it, mean over the batch:
 
         - sum_c [ (p_c^t + 1[c = y])^gamma - 1[c = y] ] log p_c^s,  p = softmax(logits)
@@ -42,10 +42,15 @@ def ofa(student_BK: Tensor, teacher_BK: Tensor, labels: Tensor, *, gamma: float)
     Args:
         labels: classes (B,), or mixed and smoothed ones (B, K), of which the largest counts.
         gamma: above 0; the paper takes 1 on CIFAR-100 and 1.5 on ImageNet.
+        public: False is the paper's formula.
     """
     student = F.log_softmax(wide(student_BK), dim=-1)
     teacher = F.log_softmax(wide(teacher_BK), dim=-1)
     right = _right(labels)
+    if not public:
+        weight = teacher.exp()
+        weight = weight.scatter(-1, right, (gamma * weight.gather(-1, right).log1p()).exp())
+        return -(weight * student).sum(-1).mean()
     # p^gamma by way of the logarithm: its gradient stays finite where p vanishes, for a teacher that is not detached.
     weight = (gamma * teacher).exp()
     weight = weight.scatter(-1, right, (gamma * teacher.gather(-1, right).exp().log1p()).expm1())
