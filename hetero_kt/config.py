@@ -290,12 +290,12 @@ class KD:
 class RKD:
     """Relational distillation (Park et al. 2019) within one rank's micro-batch."""
 
-    of: Literal["pooled", "logits"] = "pooled"
-    """What rows are compared by: pooled features; MergeNet's authors took logits, with weights of 1 and 2."""
     distance: float = 25.0
     """Weight of the distances; with 1 here and 2 for angles as the paper has them for embeddings."""
     angle: float = 50.0
     """Weight of the angles."""
+    of: Literal["pooled", "logits"] = "pooled"
+    """What rows are compared by: pooled features; MergeNet's authors took logits, with weights of 1 and 2."""
 
 
 @dataclass(frozen=True)
