@@ -6,7 +6,8 @@ Table 3:  deepspeed launchers/bert_cross_task.py --compare none noise shuffled -
 Table 6:  --variant layers_6_3 (BERT's layer 6 -> DistilBERT's layer 3), layers_12_3, layers_6_6, layers_12_6, both on
           SQuAD; the row without transfer, which the paper lacks, is --control none
 Variants: default, to_distilbert, to_bert, layers_X_Y; small (BERT 4x256 and DistilBERT 2x256 after
-          --first pretrain_bert pretrain_distilbert: masked language modelling of both sets' training texts).
+          --first pretrain_bert pretrain_distilbert: masked language modelling of both sets' training texts), and in one
+          direction small_to_distilbert or small_to_bert.
 Data:     squad_v2/, imdb/ (or aclImdb/) and tokenizer/vocab.txt in the data folder.
 Hardware: one GPU with 24 GB; about 3 hours a run (an estimate).
 Expected: SQuAD v2 EM/F1 70.17/73.06 -> 71.89/75.43, IMDb's error 8.02 -> 7.5 (both directions).
@@ -54,11 +55,10 @@ def default() -> Recipe:
     return Recipe("bert_cross_task", models, data, MergeNet(transfers), 8332, eval_every=2000, save_every=1000)
 
 
-def one_way(name: str) -> Recipe:
-    base = default()
+def one_way(base: Recipe, name: str) -> Recipe:
     assert isinstance(base.method, MergeNet)
     method = MergeNet({name: base.method.transfers[name]})
-    return replace(base, name=f"bert_cross_task_{name}", method=method)
+    return replace(base, name=f"{base.name}_{name}", method=method)
 
 
 def layers(source: int, target: int) -> Recipe:
@@ -112,10 +112,12 @@ def pretraining(kind: str, name: str, steps: int) -> Recipe:
 
 VARIANTS: dict[str, Callable[[], Recipe]] = {
     "default": default,
-    "to_distilbert": partial(one_way, "to_distilbert"),
-    "to_bert": partial(one_way, "to_bert"),
+    "to_distilbert": lambda: one_way(default(), "to_distilbert"),
+    "to_bert": lambda: one_way(default(), "to_bert"),
     **{f"layers_{x}_{y}": partial(layers, x, y) for x, y in ((6, 3), (12, 3), (6, 6), (12, 6))},
     "small": small,
+    "small_to_distilbert": lambda: one_way(small(), "to_distilbert"),
+    "small_to_bert": lambda: one_way(small(), "to_bert"),
     "pretrain_bert": partial(pretraining, "bert", "bert:4x256", 4000),
     "pretrain_distilbert": partial(pretraining, "distilbert", "distilbert:2x256", 2000),
 }
