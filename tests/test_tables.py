@@ -165,6 +165,8 @@ rows:
         ("cpu: cifar_distill --variant digits --method kd", "cpu: {missing: ''}", "use a command, or {missing: why}"),
         ("cpu: cifar_distill", "cpu: '{nothing}'\n    model: x #", "cannot be read"),
         ("cpu: cifar_distill", "cpu: --variant #", "begins with no launcher"),
+        ("cpu: cifar_distill", "cpu: '{paper} --steps 5' #", "'{paper} --steps 5' cannot be read"),
+        ("paper: {missing: too large}", "paper: '{nothing}'", "'{nothing}' cannot be read"),
         ("    model: student\n", "", "model is missing"),
         ("title: t", "title: [", "is not YAML"),
     ],
@@ -173,6 +175,14 @@ def test_a_table_that_is_wrong_is_refused_by_name(before: str, after: str, said:
     with pytest.raises(ValueError, match="table x") as error:
         tables.parse("x", ROW.replace(before, after))
     assert said in str(error.value)
+
+
+def test_a_command_may_build_on_its_row_s_own_of_paper() -> None:
+    text = ROW.replace("paper: {missing: too large}", "paper: '{shared} --method kd --name a b'")
+    text = text.replace("gpu: {missing: too large}", "gpu: '{paper} --steps 5 --name c'")
+    row = tables.parse("x", text.replace("rows:", "common: {shared: cifar_distill --variant digits}\nrows:")).row("a")
+    assert row.commands["paper"].options == ("--variant", "digits", "--method", "kd", "--name", "a", "b")
+    assert row.commands["gpu"].options == (*row.commands["paper"].options, "--steps", "5", "--name", "c")
 
 
 def test_two_rows_of_one_label() -> None:

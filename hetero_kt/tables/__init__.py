@@ -5,7 +5,7 @@ One YAML file per table, beside this one:
     title: what it shows
     metrics: [top1, top5]                      columns, named as in result.json
     notes: [...]                               what a reader has to know
-    common: {NAME: LAUNCHER OPTIONS}           written as {NAME} at the beginning of a command
+    common: {NAME: LAUNCHER OPTIONS}           written as {NAME} in a command
     before: {RECIPE: COMMAND}                  teachers and pretraining: runs that commands name as run:RECIPE
     rows:
       - label: ...
@@ -14,7 +14,8 @@ One YAML file per table, beside this one:
         baseline: LABEL                        the row it is compared with
         model: mobilenetv2                     of the run, whose metrics count; or {cpu: ..., gpu: ..., paper: ...}
         controls: [noise, ...]                 further rows, of the same command with that --control
-        cpu: COMMAND, or {missing: why}        likewise gpu and paper
+        cpu: COMMAND, or {missing: why}        likewise gpu and paper; {paper} in the others is this row's own of paper,
+                                               so that the schedule and the name behind it are all that differs
 """
 
 from __future__ import annotations
@@ -162,10 +163,14 @@ def _rows(table: str, entry: Any, metrics: tuple[str, ...], common: Mapping[str,
     models = {budget: model if isinstance(model, str) else model.get(budget, "") for budget in BUDGETS}
     commands: dict[Budget, Command] = {}
     missing: dict[Budget, str] = {}
+    paper = _command(table, label, entry["paper"], common) if isinstance(entry["paper"], str) else None
     for budget in BUDGETS:
         given = entry[budget]
-        if isinstance(given, str):
-            commands[budget] = _command(table, label, given, common)
+        if budget == "paper" and paper is not None:
+            commands[budget] = paper
+        elif isinstance(given, str):
+            own = {"paper": shlex.join([paper.launcher, *paper.options])} if paper is not None else {}
+            commands[budget] = _command(table, label, given, {**common, **own})
         elif isinstance(given, dict) and set(given) == {"missing"} and given["missing"]:
             missing[budget] = str(given["missing"])
         else:
