@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import typing
@@ -143,7 +144,7 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
         _CommandLine,
         args=arguments,
         default=_CommandLine(base, Options(variant=variant)),
-        description=f"{base.name}; variants: {', '.join(variants)}; for --control: {', '.join(base.method.arms())}.",
+        description=_about(variants, base),
         config=(tyro.conf.AvoidSubcommands,),  # the recipe has chosen its method
         console_outputs=is_first_rank(),
     )
@@ -176,6 +177,18 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
     recipe = replace(recipe, data_dir=recipe.data_dir or os.environ.get("HETERO_KT_DATA", "") or "data")
     check(recipe, world)
     return recipe, options
+
+
+def _about(variants: Variants, base: Recipe) -> str:
+    """What `--help` begins with: the launcher's own text, then what can be chosen of this variant."""
+    first = next(iter(variants.values()))
+    module = sys.modules.get(getattr(first, "func", first).__module__)  # `func` of a partial
+    text = (module and module.__doc__) or ""
+    # tyro fills lines anew: an entry ("Data: ...") becomes a paragraph, or all of them would be one.
+    parts = re.split(r"\n\n|\n(?=[A-Z][^\n:]*: )", text)
+    paragraphs = [" ".join(part.replace("\\\n", " ").split()) for part in parts]
+    chosen = f"{base.name}; variants: {', '.join(variants)}; for --control: {', '.join(base.method.arms())}."
+    return "\n\n".join([*filter(None, paragraphs), chosen])
 
 
 def _taught_by(recipe: Recipe, given: Sequence[str], variants: Variants) -> Distill:

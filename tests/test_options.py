@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +266,20 @@ def test_help_explains_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--max-steps" in text
     assert "--models.resnet50.optim.lr" in text
     assert "default, short" in text
+
+
+def test_help_begins_with_the_launcher_s_own_text_an_entry_a_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = "What it trains, told\nin two lines.\n\nTable 1:  one \\\n  --two\nData:  a folder,\n       another\n"
+    monkeypatch.setattr(sys.modules[__name__], "__doc__", about)
+    for variants in (VARIANTS, {"partly": partial(recipe)}):
+        with pytest.raises(SystemExit):
+            options.parse(variants, ["--help"])
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+        start = lines.index("What it trains, told in two lines.")
+        assert lines[start + 1 : start + 3] == ["Table 1: one --two", "Data: a folder, another"]
+        assert lines[start + 3].startswith(f"cifar; variants: {next(iter(variants))}")
 
 
 # --- checks ---
