@@ -179,6 +179,16 @@ def test_runs_on_other_numbers_of_ranks_are_named(runs: Path) -> None:
     assert "seed0 with 2" in note
 
 
+def test_an_arm_on_other_ranks_than_its_baseline_is_named_once(runs: Path) -> None:
+    for file in (runs / "toy").glob("*/seed*/result.json"):
+        ranks = 1 if "transfer" in file.parts else 2
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"world_size": ranks}))
+    (sheet,) = report.gather([runs], tables=()).sheets
+    (note,) = sheet.notes
+    assert note.startswith("transfer ran with a world size of 1 and none with 2: the difference counts, though")
+    assert top1(lines_by_label(runs)["transfer"]).difference is not None
+
+
 def test_arms_that_were_evaluated_on_other_samples_have_no_difference(tmp_path: Path) -> None:
     write_run(tmp_path, "none", 0, 50)
     write(tmp_path, recipe("transfer"), 60, {"data": {"pictures": [{"samples": 50}, {"samples": 300}]}})

@@ -297,6 +297,18 @@ def test_a_run_of_another_recipe_stays_apart(made: tables.Table, root: Path) -> 
     assert notes == [f"{other} is of another recipe, which differs in steps: it stays apart."]
 
 
+def test_a_row_on_other_ranks_than_its_baseline_is_named_once(made: tables.Table, root: Path) -> None:
+    for folder in root.glob("*/kd/seed*"):
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps(result | {"world_size": 2}))
+    assert filled(made, root)[1] == []  # of the baseline nothing is known
+    for file in root.glob("*/none/seed*/result.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"world_size": 1}))
+    lines, (note,) = filled(made, root)
+    assert note.startswith("KD ran with a world size of 2 and alone with 1: the difference counts")
+    assert lines["KD"].cells["top1"].difference is not None
+
+
 def test_two_runs_of_one_seed_count_neither(made: tables.Table, root: Path, tmp_path: Path) -> None:
     again = write(tmp_path / "elsewhere", "KD", 1, 99)
     lines, notes = filled(made, root)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from hetero_kt.config import Control, Distill, Recipe, differences, flat
 from hetero_kt.report import metrics
 from hetero_kt.report.history import chosen
-from hetero_kt.report.runs import Run, one_per_seed, tested_apart, values
+from hetero_kt.report.runs import Run, one_per_seed, tested_apart, trained_on_other_ranks, values
 from hetero_kt.statistics import Difference, Spread, paired, spread
 
 BASELINE: Control = "none"
@@ -201,6 +201,8 @@ def compare(experiment: Experiment) -> list[Sheet]:
             apart = tested_apart(arm.runs, model, theirs, model)
             if apart:
                 notes[f"{arm.label}: no difference to {BASELINE}, which was evaluated on other samples."] = None
+            else:
+                notes |= dict.fromkeys(trained_on_other_ranks(arm.label, arm.runs, BASELINE, theirs))
             names = dict.fromkeys(name for run in arm.runs.values() for name in run.metrics.get(model, {}))
             cells = {}
             for name in names:

@@ -132,6 +132,17 @@ def _read_recipe(folder: Path) -> tuple[Recipe | None, str]:
 
 # --- what counts together ---
 
+TOGETHER = "though what compares the rows of one rank (BatchNorm, relations, InfoNCE) saw others together"
+"""Why the number of ranks may matter."""
+
+
+def other_ranks(run: Run, like: Run, called: str) -> str:
+    """On how many ranks `run` ran, and `like`, which is `called` so; empty for equal or unknown numbers."""
+    ours, theirs = run.result.get("world_size"), like.result.get("world_size")
+    if ours == theirs or None in (ours, theirs):
+        return ""
+    return f"ran with a world size of {ours} and {called} with {theirs}"
+
 
 def one_per_seed(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
     """The runs of one recipe and arm by seed, and a sentence on each that does not count.
@@ -162,13 +173,11 @@ def one_per_seed(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
             continue
         notes.append(f"{run.folder} {unlike} {first.folder}: it stays apart.")
         del counted[seed]
-    ranks = {run.folder: run.result.get("world_size") for run in counted.values()}
-    for folder, count in ranks.items():
-        if first is not None and count != ranks[first.folder] and None not in (count, ranks[first.folder]):
-            notes.append(
-                f"{folder} ran with a world size of {count} and {first.folder} with {ranks[first.folder]}: both count, "
-                "though what compares the rows of one rank (BatchNorm, relations, InfoNCE) saw others together."
-            )
+    notes += [
+        f"{run.folder} {unlike}: both count, {TOGETHER}."
+        for run in counted.values()
+        if first is not None and (unlike := other_ranks(run, first, str(first.folder)))
+    ]
     return counted, notes
 
 
@@ -184,6 +193,15 @@ def values(runs: Mapping[int, Run], model: str, metric: str) -> tuple[dict[int, 
         else:
             notes.append(f"{run.folder} has {value} as {metric} of {model}: that does not count.")
     return found, notes
+
+
+def trained_on_other_ranks(label: str, ours: Mapping[int, Run], baseline: str, theirs: Mapping[int, Run]) -> list[str]:
+    """A sentence where a row and the baseline that it is compared with ran on other numbers of ranks."""
+    for run in ours.values():
+        for like in theirs.values():
+            if unlike := other_ranks(run, like, baseline):
+                return [f"{label} {unlike}: the difference counts, {TOGETHER}."]
+    return []
 
 
 def tested_apart(ours: Mapping[int, Run], model: str, theirs: Mapping[int, Run], other: str) -> bool:

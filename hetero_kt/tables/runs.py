@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hetero_kt.config import Recipe, differences
 from hetero_kt.report.comparison import Cell, cell
-from hetero_kt.report.runs import Run, one_per_seed, tested_apart
+from hetero_kt.report.runs import Run, one_per_seed, tested_apart, trained_on_other_ranks
 from hetero_kt.tables import Budget, Row, Table, resolved
 
 
@@ -70,6 +70,8 @@ def fill(
         apart = baseline is not None and tested_apart(runs, row.models[budget], theirs, baseline.models[budget])
         if apart:
             notes[f"{row.label}: no difference to {row.baseline}, which was evaluated on other samples"] = None
+        else:
+            notes |= dict.fromkeys(trained_on_other_ranks(row.label, runs, row.baseline, theirs))
         cells = {}
         for metric in table.metrics:
             other = baseline.models[budget] if baseline is not None else ""
