@@ -127,8 +127,8 @@ class Trainer:
         return True
 
     def _due(self, every: int) -> bool:
-        """True after each `every` steps (0: never) and at the end."""
-        return self.step == self.last or (every > 0 and self.step % every == 0)
+        """True after each `every` steps (0: never) and at the end; a checkpoint may lie behind that."""
+        return self.step >= self.last or (every > 0 and self.step % every == 0)
 
     def _one_step(self) -> None:
         with part("data"):

@@ -218,6 +218,18 @@ def test_max_steps_stops_early_with_a_checkpoint_and_a_result_of_that_many(ranks
     assert "first_step" not in tiny.train(ranks(1), recipe, Options(max_steps=1))[0]
 
 
+def test_max_steps_behind_a_checkpoint_evaluates_what_that_holds(ranks: Any, tmp_path: Path) -> None:
+    """A run that was killed between its last checkpoint and its result, started again for fewer steps."""
+    recipe = tiny.recipe(tmp_path, steps=20)
+    metrics = tiny.train(ranks(1), recipe, Options(max_steps=2))[0]["metrics"]
+    result = run_folder(recipe) / "result.json"
+    result.unlink()
+    (end,) = tiny.train(ranks(1), recipe, Options(max_steps=1))
+    assert (end["first_step"], end["metrics"]) == (2, metrics)
+    found = json.loads(result.read_text())
+    assert (found["steps"], found["metrics"]) == (2, metrics)
+
+
 @pytest.mark.parametrize("launcher", ["cifar_mergenet", "self_transfer"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_debug_runs_through_and_does_so_again(ranks: Any, tmp_path: Path, launcher: str, world: int) -> None:
