@@ -186,6 +186,21 @@ def test_parquet_with_a_picture_twice_or_without_bytes(tmp_path):
         tables.picture("b")
 
 
+def test_parquet_that_is_damaged_inside_is_named_and_not_the_cache(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "train.parquet"
+    pictures = [{"bytes": albums.encoded(number)} for number in range(64)]
+    pq.write_table(pa.table({"image": pictures}), file)
+    column = pq.ParquetFile(file).metadata.row_group(0).column(0)
+    content = bytearray(file.read_bytes())
+    content[column.data_page_offset : column.data_page_offset + 16] = b"\xff" * 16  # the page's header
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^[^\n]*train\.parquet cannot be read \([^\n]*fetch it again[^\n]*$"):
+        Tables([file], [str(number) for number in range(64)])
+
+
 def test_files_that_are_laid_out_otherwise_are_one_sentence(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

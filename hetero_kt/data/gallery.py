@@ -171,9 +171,12 @@ class Tables:
         for file in self._files:
             _demand(file, ["image"])
             with laid_out(file, "pictures with texts"):
-                for batch in pq.ParquetFile(file).iter_batches(256, columns=["image"]):
-                    contents = batch.column(0).field("bytes")
-                    pieces += [np.frombuffer(content.as_py() or b"", np.uint8) for content in contents]
+                try:
+                    for batch in pq.ParquetFile(file).iter_batches(256, columns=["image"]):
+                        contents = batch.column(0).field("bytes")
+                        pieces += [np.frombuffer(content.as_py() or b"", np.uint8) for content in contents]
+                except OSError as error:  # or it would be taken for the cache's
+                    raise _unreadable(file, error) from error
         bounds = np.cumsum([len(piece) for piece in pieces])
         return {"bytes": np.concatenate(pieces), "bounds": bounds}, {}
 
