@@ -23,7 +23,7 @@ from hetero_kt import data
 from hetero_kt.config import Data, Mix, Transform
 from hetero_kt.data import ImageSet, Loader, counter, pictures, sharding, workers
 from hetero_kt.data.mixing import Mixer
-from hetero_kt.data.pictures import InMemory, PictureLoader
+from hetero_kt.data.pictures import InMemory, PictureLoader, Unreadable
 
 STRONG = Transform(
     scale=(0.3, 1.0), color_jitter=0.4, rand_augment="rand-m9-mstd0.5-inc1", erasing=0.5, crop_fraction=0.9
@@ -511,3 +511,15 @@ def test_a_gpu_gets_the_same_batches(count):
         assert torch.equal(y, y_gpu.cpu())
     assert sum(weight.sum().item() for _, _, weight in on_gpu.eval_batches(10)) == 32
     on_gpu.close()
+
+
+def test_workers_that_die_before_training_end_the_run_with_a_sentence_too(monkeypatch):
+    """Where a teacher's logits are stored first."""
+
+    def dies(stream):
+        raise workers.Lost("a worker exited unexpectedly")
+
+    monkeypatch.setattr(pictures.Stream, "__next__", dies)
+    wanted = [(np.arange(4), np.zeros(4, np.int64))]
+    with pytest.raises(Unreadable, match=r"^numbered: the processes that read it have died \(a worker exited"):
+        list(loader(numbered(8), 4).augmented(wanted))

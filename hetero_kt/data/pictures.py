@@ -258,7 +258,9 @@ class PictureLoader:
             return
         stream = self._open(self._train, lambda k: _Task(*wanted[k]), 0, len(wanted), len(wanted[0][0]))
         try:
-            for drawn in stream:
+            for _ in wanted:
+                with self._alive():
+                    drawn: _Drawn = next(stream)
                 self._note(drawn)
                 yield self._move(drawn.pictures)
         finally:

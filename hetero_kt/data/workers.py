@@ -86,9 +86,6 @@ class Stream:
                 self.restarts += 1
         raise AssertionError
 
-    def __iter__(self) -> Stream:
-        return self
-
     def close(self) -> None:
         """End the workers."""
         if self._results is not None and self.workers:
