@@ -21,7 +21,7 @@ from small import batch as pictures
 from small import zero as zero_block
 from torch import Tensor, nn
 
-from hetero_kt import compiler, config, models
+from hetero_kt import compiler, config, data, models
 from hetero_kt.config import Optim
 from hetero_kt.distributed import params
 from hetero_kt.distributed.engine import build_engine, build_optimizer
@@ -359,3 +359,30 @@ def test_a_compiled_run_on_a_gpu_has_the_losses_of_the_run_as_written(
     _, compiled = losses(tmp_path / "compiled", True, *options, "--compile", *chosen, **same)
     assert len(written) == 4
     assert compiled == pytest.approx(written, rel=1e-2)
+
+
+# --- batches of a set in memory ---
+
+
+def drawn_without_waiting(device: str) -> list[tuple[Tensor, Tensor]]:
+    """Two batches, augmented in every way; where the host waits for a GPU, torch raises."""
+    images = data.load(config.Data("generated"), train=True)
+    loader = data.Loader(images, 8, 0, ("crop", "flip", "rotate"), device=device)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [loader.batch(step) for step in (0, 1)]
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return [(pictures.cpu(), labels.cpu()) for pictures, labels in found]
+
+
+@pytest.mark.parametrize("device", ON)
+def test_a_set_in_memory_gives_batches_while_the_gpu_is_at_work(on: Any, device: str) -> None:
+    images = data.load(config.Data("generated"), train=True)
+    loader = data.Loader(images, 8, 0, ("crop", "flip", "rotate"))
+    for step, (found, labels) in enumerate(on(device, drawn_without_waiting)):
+        expected, classes = loader.batch(step)
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(labels, classes)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hetero_kt.config import Data
 from hetero_kt.data import GENERATED, cache
+from hetero_kt.data.device import moved
 from hetero_kt.data.gallery import (
     Folders,
     Gallery,
@@ -46,7 +47,7 @@ from hetero_kt.data.gallery import (
 from hetero_kt.data.order import Order
 from hetero_kt.data.pictures import PictureLoader
 from hetero_kt.data.shards import local
-from hetero_kt.data.text import Sentences, TextLoader, Tokenizer, moved
+from hetero_kt.data.text import Sentences, TextLoader, Tokenizer
 
 _PARTS = {True: ("train", "restval"), False: ("test",)}  # of Karpathy's split; restval is trained on by all
 _FOLDERS = ("images", "Flicker8k_Dataset", "flickr30k-images")

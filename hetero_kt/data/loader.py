@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hetero_kt.data import counter
+from hetero_kt.data.device import moved
 from hetero_kt.data.images import ImageSet
 from hetero_kt.data.mixing import Mixer
 from hetero_kt.data.order import Order
@@ -126,10 +127,10 @@ class Loader:
         """Nothing to end."""
 
     def _labels(self, samples_B: np.ndarray) -> Tensor:
-        return self._labels_S[torch.from_numpy(samples_B).to(self.device)]
+        return self._labels_S[moved(samples_B, self.device)]
 
     def _pictures(self, samples_B: np.ndarray, augmentations_B: np.ndarray | None) -> Tensor:
-        rows_B = torch.from_numpy(samples_B).to(self.device)
+        rows_B = moved(samples_B, self.device)
         pixels = self._height * self._width
         if augmentations_B is None or not self.augment:
             chosen_BPC = self._pixels_SPC.index_select(0, rows_B)
@@ -152,12 +153,12 @@ class Loader:
         right = counter.below(random, side, first=16) if "crop" in self.augment else _PAD
         mirrored = counter.below(random, 2, first=32, width=1) if "flip" in self.augment else 0
         shift_B = np.broadcast_to((mirrored * side + down) * side + right, len(samples_B))
-        moved = self._shifts_table.index_select(0, torch.tensor(shift_B, device=self.device))
+        shifted = self._shifts_table.index_select(0, moved(shift_B.copy(), self.device))  # broadcast, it is read-only
         if "rotate" not in self.augment:
-            return moved[:, :-1].long()
+            return shifted[:, :-1].long()
         turn_B = counter.below(random, _ANGLES, first=33, width=24)
-        turned = self._turns_table.index_select(0, torch.from_numpy(turn_B).to(self.device))
-        return moved.gather(1, turned.long()).long()
+        turned = self._turns_table.index_select(0, moved(turn_B, self.device))
+        return shifted.gather(1, turned.long()).long()
 
 
 def turns(epochs_B: np.ndarray, augmentations: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hetero_kt.data import cache, counter
+from hetero_kt.data.device import moved
 from hetero_kt.data.order import Order
 from hetero_kt.messages import first_line
 
@@ -203,12 +204,6 @@ class TextLoader:
 
     def _tensors(self, arrays: tuple[np.ndarray, ...]) -> tuple[Tensor, ...]:
         return tuple(moved(array, self.device) for array in arrays)
-
-
-def moved(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on the device; a GPU fetches it by itself, and nothing waits for that."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Sentences:

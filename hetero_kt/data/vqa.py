@@ -30,6 +30,7 @@ from torch import Tensor
 
 from hetero_kt.config import Data
 from hetero_kt.data import GENERATED, cache, world
+from hetero_kt.data.device import moved
 from hetero_kt.data.gallery import (
     Folders,
     Gallery,
@@ -52,7 +53,7 @@ from hetero_kt.data.order import Order
 from hetero_kt.data.pictures import PictureLoader
 from hetero_kt.data.question import Question
 from hetero_kt.data.shards import local
-from hetero_kt.data.text import Sentences, Tokenizer, joined, moved
+from hetero_kt.data.text import Sentences, Tokenizer, joined
 
 KINDS = ("yes/no", "number", "other")
 ANSWER_LIST = "answer_list.json"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetero_kt import config
+from hetero_kt.data.device import moved
 from hetero_kt.data.order import Order
 from hetero_kt.methods.objectives.objective import Evolving, Teachers, Terms
 from hetero_kt.nn import losses
@@ -60,7 +61,7 @@ class CRD(Evolving):
     def begin(self, step: int) -> None:
         assert self.drawn is not None
         order = self.drawn.order
-        self.rows = torch.from_numpy(order.rows(step)[1]).to(self.device)
+        self.rows = moved(order.rows(step)[1], torch.device(self.device))
         self.used = 0
         self.seen: dict[str, list[Tensor]] = {name: [] for name in self.teachers}
         seed = (self.drawn.seed * 1_000_003 + step) * order.world + order.rank
