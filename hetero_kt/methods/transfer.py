@@ -75,6 +75,8 @@ class Path:
         self.source_before: Tensor | None = None
         """Where `change` counts from."""
         self.noises: dict[int, Tensor] = {}
+        self.order: Tensor | None = None
+        """Of `shuffled`."""
         self.updates = 0
         self.sensitivity = torch.full((), torch.nan, device=self.device)
         self.bad_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
@@ -128,7 +130,9 @@ class Path:
         if self.control == "shuffled":
             # Along the axis that the adapter takes to mean something; rows where it takes none.
             axis = self.adapter.shared_axis if self.adapter is not None else 0
-            return source.index_select(axis, _derangement(source.shape[axis], self.seed).to(source.device))
+            if self.order is None:
+                self.order = _derangement(source.shape[axis], self.seed).to(source.device)
+            return source.index_select(axis, self.order)
         return source
 
     def _noise(self, like: Tensor, stream: int = 0) -> Tensor:
