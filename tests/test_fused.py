@@ -16,9 +16,8 @@ from hetero_kt.config import Data, Distill, Model, Recipe, Teacher
 from hetero_kt.cost import connection
 from hetero_kt.methods.fbt import FBT, connect
 from hetero_kt.models.teacher import Frozen
-from hetero_kt.nn import fused, losses
 from hetero_kt.nn.fused import L2G, Route, macs, route
-from hetero_kt.nn.stages import Layout, Stages, expose, split, to_map
+from hetero_kt.nn.stages import Layout, Stages, expose, resized, split, to_map
 
 CLASSES = 10
 
@@ -130,11 +129,10 @@ def test_a_shrinking_grid_is_averaged_and_where_it_divides_evenly_deterministica
 ) -> None:
     """CUDA has no deterministic backward of adaptive pooling."""
     x = torch.randn(2, 3, *before, requires_grad=True)
-    shrunk = (fused._resized(x, after), losses.features._pooled(x, after))
-    for y in shrunk:
-        torch.testing.assert_close(y, F.adaptive_avg_pool2d(x, after))
-        evenly = before[0] % after[0] == before[1] % after[1] == 0
-        assert (y.grad_fn.name() == "AvgPool2DBackward0") == evenly  # type: ignore[union-attr]
+    y = resized(x, after)
+    torch.testing.assert_close(y, F.adaptive_avg_pool2d(x, after))
+    evenly = before[0] % after[0] == before[1] % after[1] == 0
+    assert (y.grad_fn.name() == "AvgPool2DBackward0") == evenly  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -13,9 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from hetero_kt.nn.stages import Layout, Stages, from_map, to_map
+from hetero_kt.nn.stages import Layout, Stages, from_map, resized, to_map
 
 Way = Literal["to_teacher", "to_student"]
 
@@ -63,14 +62,8 @@ class Bridge(nn.Module):
         """A feature in layout `into` -> one in layout `out` without class tokens."""
         map_BCHW = to_map(feature, self.into).to(self.norm.weight.dtype)
         if self.resizes:
-            map_BCHW = self._resized(map_BCHW)
+            map_BCHW = resized(map_BCHW, self.out.grid)
         return from_map(self.rectify(self.norm(self.cross(map_BCHW))), self.out)
-
-    def _resized(self, map_BCHW: Tensor) -> Tensor:
-        rows, columns = map_BCHW.shape[-2:]
-        if self.out.grid[0] <= rows and self.out.grid[1] <= columns:
-            return F.adaptive_avg_pool2d(map_BCHW, self.out.grid)
-        return F.interpolate(map_BCHW, self.out.grid, mode="bilinear")
 
     def untouched(self) -> Tensor:
         """0, with gradients of 0 for all parameters."""

@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hetero_kt.nn.losses.contrast import InfoNCE
-from hetero_kt.nn.stages import Layout, Stages, from_map, to_map
+from hetero_kt.nn.stages import Layout, Stages, from_map, resized, to_map
 
 HEAD_WIDTH = 32
 WINDOW = 7
@@ -74,9 +73,7 @@ class L2G(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """A feature in layout `into` -> one in layout `out` without class tokens."""
-        map_BCHW = to_map(feature, self.into).to(self.embed.weight.dtype)
-        if map_BCHW.shape[2:] != self.out.grid:
-            map_BCHW = _resized(map_BCHW, self.out.grid)
+        map_BCHW = resized(to_map(feature, self.into).to(self.embed.weight.dtype), self.out.grid)
         x_BhwD = self.norm(self.embed(map_BCHW).permute(0, 2, 3, 1))
         if self.block is not None and self.project is not None:
             if self.by_windows:
@@ -87,17 +84,6 @@ class L2G(nn.Module):
         if self.widen is not None:
             x_BhwD = self.widen(x_BhwD)
         return from_map(x_BhwD.permute(0, 3, 1, 2), self.out)
-
-
-def _resized(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Averaged where the grid shrinks, interpolated where it grows."""
-    rows, columns = map_BCHW.shape[2:]
-    if rows % grid[0] == 0 and columns % grid[1] == 0:
-        # The same, with a backward that is deterministic on GPUs.
-        return F.avg_pool2d(map_BCHW, (rows // grid[0], columns // grid[1]))
-    if grid[0] <= rows and grid[1] <= columns:
-        return F.adaptive_avg_pool2d(map_BCHW, grid)
-    return F.interpolate(map_BCHW, grid, mode="bilinear")
 
 
 def _heads(width: int) -> int:

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hetero_kt.evaluate import evaluating
 from hetero_kt.messages import first_line
 from hetero_kt.nn.families import Family, Form, family_of
 
-__all__ = ["Layout", "Stages", "expose", "from_map", "split", "to_map"]
+__all__ = ["Layout", "Stages", "expose", "from_map", "resized", "split", "to_map"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,19 @@ def from_map(feature_BCHW: Tensor, layout: Layout) -> Tensor:
     if layout.form == "NHWC":
         return feature_BCHW.permute(0, 2, 3, 1)
     return feature_BCHW.flatten(2).transpose(1, 2)
+
+
+def resized(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) on another grid: averaged where that shrinks, interpolated where it grows, else as it is."""
+    rows, columns = map_BCHW.shape[2:]
+    if (rows, columns) == grid:
+        return map_BCHW
+    if rows % grid[0] == 0 and columns % grid[1] == 0:
+        # The same, with a backward that is deterministic on GPUs.
+        return F.avg_pool2d(map_BCHW, (rows // grid[0], columns // grid[1]))
+    if grid[0] <= rows and grid[1] <= columns:
+        return F.adaptive_avg_pool2d(map_BCHW, grid)
+    return F.interpolate(map_BCHW, grid, mode="bilinear")
 
 
 class Stages:

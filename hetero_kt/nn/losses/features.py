@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hetero_kt.nn.losses.contrast import InfoNCE
 from hetero_kt.nn.losses.precision import Projection, wide
-from hetero_kt.nn.stages import Layout, to_map
+from hetero_kt.nn.stages import Layout, resized, to_map
 
 
 class FitNet(nn.Module):
@@ -29,7 +29,6 @@ class FitNet(nn.Module):
     Args:
         student_layouts: how the features of the student's stages 1 to 4 lie in memory.
         student_width: of the student's pooled feature.
-        gather: as `InfoNCE`'s.
     """
 
     def __init__(
@@ -39,8 +38,6 @@ class FitNet(nn.Module):
         teacher_layouts: Sequence[Layout],
         student_width: int,
         teacher_width: int,
-        *,
-        gather: bool = False,
     ) -> None:
         super().__init__()
         self.form = form
@@ -50,7 +47,7 @@ class FitNet(nn.Module):
         if form == "pooled":
             self.pooled = Projection(student_width, teacher_width)
         elif form == "infonce":
-            self.contrast = InfoNCE(student_width, teacher_width, gather=gather)
+            self.contrast = InfoNCE(student_width, teacher_width)
 
     def forward(self, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Tensor:
         """The loss, a scalar.
@@ -78,11 +75,8 @@ class FitNet(nn.Module):
         x = wide(map_BCHW)
         finer = x.shape[-2] * x.shape[-1] > teacher.grid[0] * teacher.grid[1]
         if finer:  # projecting and resizing commute: the projection works on the smaller of the two grids
-            x = _pooled(x, teacher.grid)
-        x = projection(x.movedim(1, -1)).movedim(-1, 1)
-        if x.shape[-2:] != teacher.grid:
-            x = F.interpolate(x, teacher.grid, mode="bilinear")
-        return x
+            x = resized(x, teacher.grid)
+        return resized(projection(x.movedim(1, -1)).movedim(-1, 1), teacher.grid)
 
 
 def fcfd(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -100,12 +94,3 @@ def fcfd(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     found = [F.mse_loss(f, g) for f, g in zip(ours, theirs, strict=True)]
     pooled, known = (F.relu(x).mean((2, 3)) for x in (ours[-1], theirs[-1]))
     return torch.stack([*found, F.mse_loss(pooled, known)]).sum()
-
-
-def _pooled(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Averaged over the places of the coarser `grid`."""
-    rows, columns = map_BCHW.shape[-2:]
-    if rows % grid[0] == 0 and columns % grid[1] == 0:
-        # The same, with a backward that is deterministic on GPUs.
-        return F.avg_pool2d(map_BCHW, (rows // grid[0], columns // grid[1]))
-    return F.adaptive_avg_pool2d(map_BCHW, grid)
