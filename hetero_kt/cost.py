@@ -190,20 +190,6 @@ class Connection:
     branch_macs: int
 
 
-def connection(recipe: Recipe, teacher: str, student: nn.Module) -> Connection:
-    """The connector of the recipe's teacher `teacher`, beside OFA's branches.
-
-    Raises:
-        ValueError: a model that has no stages.
-    """
-    assert isinstance(recipe.method, Distill)
-    ((_, model),) = recipe.models.items()
-    classes = data.classes(recipe.data[model.data], recipe.data_dir)
-    return additions(
-        student_stages(recipe, student), teacher_stages(recipe, recipe.method, teacher), recipe.method.fbt, classes
-    )
-
-
 def additions(ours: Stages, theirs: Stages, settings: config.FBT, classes: int) -> Connection:
     """What FBT and OFA add to the student `ours` of the teacher `theirs`."""
     way = route(ours, theirs)

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from hetero_kt import config, models
-from hetero_kt.config import Data, Distill, Model, Recipe, Teacher
-from hetero_kt.cost import connection
+from hetero_kt.cost import additions
 from hetero_kt.methods.fbt import FBT, connect
 from hetero_kt.models.teacher import Frozen
 from hetero_kt.nn.fused import L2G, Route, macs, route
@@ -33,14 +32,8 @@ TABLE_6 = {
 def test_parameters_and_macs_are_those_of_table_6(pair: tuple[str, str]) -> None:
     teacher, student = pair
     millions, billions, way = TABLE_6[pair]
-    recipe = Recipe(
-        "pair",
-        {"student": Model(student, "pictures")},
-        {"pictures": Data("generated", image_size=224)},
-        Distill({"teacher": Teacher(teacher)}),
-        steps=1,
-    )
-    found = connection(recipe, "teacher", models.build(student, 100, image_size=224))
+    ours, theirs = (split(models.build(name, 100, image_size=224), 224) for name in (student, teacher))
+    found = additions(ours, theirs, config.FBT(), 100)
     assert found.parameters / 1e6 == pytest.approx(millions, rel=0.02)
     assert round(found.macs / 1e9, 2) == billions
     assert found.way == way

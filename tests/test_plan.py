@@ -15,7 +15,7 @@ from test_launchers import LAUNCHERS, load
 from hetero_kt import data, models, parts, plan
 from hetero_kt import run as running
 from hetero_kt.config import CRD, FBT, Data, Distill, FitNet, MergeNet, Model, Optim, Recipe, Teacher, Transfer
-from hetero_kt.cost import additions, aside_cost, connection, crd_bytes, model_cost, sent_bytes, transfer_cost
+from hetero_kt.cost import additions, aside_cost, crd_bytes, model_cost, sent_bytes, teacher_stages, transfer_cost
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.launch import Ranks
@@ -290,11 +290,11 @@ def test_a_plan_of_a_pair_that_cannot_be_fused_names_the_option() -> None:
         "planned",
         {"student": Model("cifar:resnet_tiny", "d")},
         {"d": Data("generated", batch=8)},
-        Distill({"t": Teacher("timm:vgg11")}),
+        method := Distill({"t": Teacher("timm:vgg11")}),
         steps=1,
     )
     with pytest.raises(ValueError, match=r"^--method.teachers.t.name: VGG cannot be split into stages"):
-        connection(one, "t", models.build("cifar:resnet_tiny", 100))
+        teacher_stages(one, method, "t")
 
 
 def test_local_rank_of_the_deepspeed_command_is_dropped() -> None:
