@@ -65,6 +65,6 @@ def gather_rows(tensor: Tensor) -> Tensor:
     """The tensors of all ranks (R, ...), equal in shape, one behind the other: (world * R, ...). Collective."""
     if world() == 1:
         return tensor
-    gathered = [torch.empty_like(tensor) for _ in range(world())]
-    dist.all_gather(gathered, tensor.contiguous())
-    return torch.cat(gathered)
+    gathered = tensor.new_empty(world() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    return gathered

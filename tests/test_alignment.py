@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
-from hetero_kt.nn.losses.alignment import gathered, hard_negatives, itc, itm
+from hetero_kt.nn.losses.alignment import hard_negatives, itc, itm
+from hetero_kt.nn.losses.contrast import gathered
 
 ROWS, WIDTH = 8, 5
 GROUPS = torch.tensor([3, 1, 4, 1, 5, 3, 3, 6])

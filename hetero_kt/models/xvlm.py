@@ -38,7 +38,7 @@ from hetero_kt.data.text import Tokenizer
 from hetero_kt.models import xvlm_weights
 from hetero_kt.models.bert import deviation
 from hetero_kt.models.xvlm_weights import Start
-from hetero_kt.nn.losses import alignment
+from hetero_kt.nn.losses import alignment, contrast
 from hetero_kt.nn.losses.precision import Projection, wide
 
 __all__ = ["TASKS", "VQA", "Retrieval", "Start", "build", "known"]
@@ -300,7 +300,7 @@ class Retrieval(_XVLM):
         image_BD, text_BD, temperature = image_BD.detach(), text_BD.detach(), temperature.detach()
         candidates = None
         if self.gathered:
-            candidates = (alignment.gathered(image_BD), alignment.gathered(text_BD), alignment.gathered(groups_B))
+            candidates = (contrast.gathered(image_BD), contrast.gathered(text_BD), contrast.gathered(groups_B))
         return alignment.hard_negatives(image_BD, text_BD, groups_B, temperature, candidates)
 
     def _match_batch(
@@ -310,8 +310,8 @@ class Retrieval(_XVLM):
         own_B = torch.arange(len(tokens_BNC), device=tokens_BNC.device)
         # Keys and values of a picture are computed once for all the texts that look at it.
         if self.gathered:
-            others = (alignment.gathered(states_BLC)[text_B], alignment.gathered(mask_BL)[text_B])
-            seen = torch.cat([tokens_BNC, alignment.gathered(tokens_BNC)[image_B]])
+            others = (contrast.gathered(states_BLC)[text_B], contrast.gathered(mask_BL)[text_B])
+            seen = torch.cat([tokens_BNC, contrast.gathered(tokens_BNC)[image_B]])
             owner = torch.cat([own_B, own_B, own_B + len(own_B)])
         else:
             others = (states_BLC[text_B], mask_BL[text_B])

@@ -8,11 +8,10 @@ Shape suffixes: B pairs of this rank's batch, M candidates, D width of the commo
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetero_kt.nn.losses.contrast import AllGather
+from hetero_kt.nn.losses.contrast import gathered
 from hetero_kt.nn.losses.precision import wide
 
 
@@ -99,17 +98,6 @@ def hard_negatives(
         image_B = _drawn(wide(text_BD) @ wide(image_MD).T / temperature, same_BM)
         text_B = _drawn(wide(image_BD) @ wide(text_MD).T / temperature, same_BM)
     return image_B, text_B, ~same_BM.all(1)
-
-
-def gathered(x: Tensor) -> Tensor:
-    """The rows of all ranks, in their order, (world * B, ...); `x` itself where there is one rank.
-
-    Ranks have the same number of rows. The gradient of a rank's rows is the sum over ranks. Collective, in the forward
-    and in the backward.
-    """
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        return AllGather.apply(x)
-    return x
 
 
 def _drawn(logits_BM: Tensor, barred_BM: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hetero_kt.evaluate import gather_rows, world
 from hetero_kt.nn.losses.precision import Projection, wide
 
 LARGEST_SCALE = 100.0
@@ -55,9 +56,8 @@ class InfoNCE(nn.Module):
             anchors = _normalised(wide(self.student(student_BD)))
             candidates = _normalised(wide(self.teacher(teacher_BD)))
             own = torch.arange(len(anchors), device=anchors.device)
-            if self.gather and dist.is_initialized() and dist.get_world_size() > 1:
-                candidates = AllGather.apply(candidates)
-                own = own + dist.get_rank() * len(anchors)
+            if self.gather and world() > 1:
+                candidates, own = gathered(candidates), own + dist.get_rank() * len(anchors)
             scale = _Capped.apply(wide(self.log_scale), math.log(LARGEST_SCALE)).exp()
             return F.cross_entropy(scale * (anchors @ candidates.T), own)
 
@@ -67,7 +67,16 @@ def _normalised(x_BD: Tensor) -> Tensor:
     return F.normalize(x_BD, dim=-1, eps=1e-6)
 
 
-class AllGather(torch.autograd.Function):
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all ranks, in their order, (world * B, ...); `x` itself where there is one rank.
+
+    Ranks have the same number of rows. The gradient of a rank's rows is the sum over ranks. Collective, in the forward
+    and in the backward.
+    """
+    return x if world() == 1 else _AllGather.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _AllGather(torch.autograd.Function):
     """Rows of all ranks, in their order.
 
     A rank's rows are candidates in every rank's loss, so their gradient is the sum over ranks. It is a sum and no mean
@@ -76,9 +85,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        gathered = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous())
-        return gathered
+        return gather_rows(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

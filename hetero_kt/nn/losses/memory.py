@@ -9,10 +9,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from hetero_kt.evaluate import gather_rows, sum_over_ranks, world
 from hetero_kt.nn.losses.precision import wide
 
 
@@ -102,17 +102,13 @@ class Memory:
         if self.scaled:
             return
         means = torch.stack([side.detach().exp().mean() for side in scores])
-        if dist.is_initialized():
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
+        means = sum_over_ranks(means) / world()
         self.log_z, self.scaled = Sides(*(means * samples).log()), True
 
     @torch.no_grad()
     def write(self, rows_B: Tensor, seen: Sides) -> None:
         """Take in the embeddings of the samples `rows_B` of this rank, and those of all others. Collective."""
-        rows, both = rows_B, torch.stack([wide(side) for side in seen], dim=1)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            rows, both = _gathered(rows), _gathered(both)
+        rows, both = gather_rows(rows_B), gather_rows(torch.stack([wide(side) for side in seen], dim=1))
         for memory_SD, new_BD in zip(self.sides, both.unbind(1), strict=True):
             mean_BD = self.momentum * memory_SD[rows] + (1 - self.momentum) * new_BD
             memory_SD[rows] = F.normalize(mean_BD, dim=-1, eps=1e-6)
@@ -127,9 +123,3 @@ class Memory:
         self.sides.teacher.copy_(state["teacher"])
         self.log_z = Sides(*state["log_z"].to(self.sides.student.device))
         self.scaled = bool(state["scaled"])
-
-
-def _gathered(x: Tensor) -> Tensor:
-    all_ranks = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(all_ranks, x.contiguous())
-    return all_ranks
