@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hetero_kt.config import Control, nearest
 from hetero_kt.distributed import params
 from hetero_kt.distributed.learner import Learner
+from hetero_kt.evaluate import world
 from hetero_kt.methods.sharing import Sharing
 from hetero_kt.methods.sites import Site, Transfer, named
 from hetero_kt.methods.transfer import Path, TransferDiverged
@@ -60,9 +61,10 @@ class Exchange:
         self.step = 0
         self.paths = [Path(transfer, control, seed, steps) for transfer in named(transfers)]
         _check_targets(self.paths)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            for adapter in self.adapters().values():  # equal seeds are equal values only on equal hardware
-                _as_on_first_rank([tensor.data for tensor in (*adapter.parameters(), *adapter.buffers())])
+        for adapter in self.adapters().values():  # equal seeds are equal values only on equal hardware
+            own = [tensor.data for tensor in (*adapter.parameters(), *adapter.buffers())]
+            for tensor, value in zip(own, _on_first_rank(own), strict=True):
+                tensor.copy_(value)
         self._due: list[Path] = []
 
     def propose(self) -> None:
@@ -162,26 +164,21 @@ class Exchange:
             path.load_state_dict(state["paths"][path.name])
 
 
-def _as_on_first_rank(tensors: Sequence[Tensor]) -> None:
-    """In place, in one broadcast."""
-    if tensors:
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.broadcast(flat, 0)
-        for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(values.view_as(tensor))
+def _on_first_rank(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What the tensors are on the first rank, in one broadcast."""
+    if not tensors or world() == 1:
+        return list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])  # of the widest type among them
+    dist.broadcast(flat, 0)
+    values = flat.split([tensor.numel() for tensor in tensors])
+    return [value.view(tensor.shape).to(tensor.dtype) for value, tensor in zip(values, tensors, strict=True)]
 
 
 def _follow_first_rank(paths: Sequence[Path]) -> None:
     """Every rank takes the first one's proposals and verdicts: a weight must be equal everywhere, to the bit."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        own = [t for p in paths for t in (p.accepted, p.finite)]
-        flat = torch.cat([t.reshape(-1) for t in own])  # of the widest type among them
-        dist.broadcast(flat, 0)
-        pieces = iter(flat.split([t.numel() for t in own]))
-        for path in paths:
-            path.accepted = next(pieces).reshape(path.accepted.shape).to(path.accepted.dtype)
-            path.finite = next(pieces).reshape(()).bool()
+    first = iter(_on_first_rank([tensor for path in paths for tensor in (path.accepted, path.finite)]))
     for path in paths:
+        path.accepted, path.finite = next(first), next(first)
         path.count_bad()
 
 
