@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetero_kt import config
 from hetero_kt.data import counter
-from hetero_kt.methods.objectives.objective import Evolving, Teachers, Terms
+from hetero_kt.methods.objectives.objective import Evolving, Teachers, Terms, risen
 from hetero_kt.nn import losses
 from hetero_kt.nn.bridges import CROSSINGS, Bridges, Crossing
 from hetero_kt.nn.stages import Layout, Stages, to_map
@@ -56,7 +56,7 @@ class FCFD(Evolving):
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        self.risen = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
+        self.risen = risen(step, self.warmup)
         self.drawn: dict[str, list[Crossing]] = {}
         for i, name in enumerate(self.teachers):
             order = counter.permutation(counter.key(_PATHS, self.seed, step, i), len(CROSSINGS))

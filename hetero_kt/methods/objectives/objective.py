@@ -49,6 +49,11 @@ class Evolving:
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+def risen(step: int, warmup: float) -> float:
+    """Share of a weight that rises over the first `warmup` steps, 0 for none, in step `step`."""
+    return min((step + 1) / warmup, 1.0) if warmup else 1.0
+
+
 class Alone:
     """No teacher: the student and its labels."""
 

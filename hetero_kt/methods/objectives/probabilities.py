@@ -9,7 +9,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from hetero_kt import config
-from hetero_kt.methods.objectives.objective import Evolving, Teachers, Terms
+from hetero_kt.methods.objectives.objective import Evolving, Teachers, Terms, risen
 from hetero_kt.nn import losses
 from hetero_kt.nn.branches import Branches
 from hetero_kt.nn.losses.precision import Projection
@@ -48,7 +48,7 @@ class DKD(Evolving):
         self.risen = 1.0
 
     def begin(self, step: int) -> None:
-        self.risen = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
+        self.risen = risen(step, self.warmup)
 
     def __call__(self, student: DeepSpeedEngine, aside: Any, pictures: Tensor, labels: Tensor) -> tuple[Tensor, Terms]:
         logits = student(pictures)
