@@ -43,16 +43,11 @@ class Report:
         return text.as_csv(self.sheets)
 
     def show(self, console: Console) -> None:
-        """Print it."""
-        print_sheets(console, self.sheets, self.notes)
-
-
-def print_sheets(console: Console, sheets: Sequence[Sheet], notes: Iterable[str]) -> None:
-    """Tables, each with its own remarks, how to read them, then the other remarks."""
-    for sheet in sheets:
-        console.print(text.rich_table(sheet))
-        _remark(console, sheet.notes)
-    _remark(console, (*text.footnotes(sheets), *notes))
+        """Print the tables, each with its own remarks, how to read them, then the other remarks."""
+        for sheet in self.sheets:
+            console.print(text.rich_table(sheet))
+            _remark(console, sheet.notes)
+        _remark(console, (*text.footnotes(self.sheets), *self.notes))
 
 
 def _remark(console: Console, notes: Iterable[str]) -> None:

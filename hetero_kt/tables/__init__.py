@@ -228,17 +228,16 @@ class Resolved:
         return run_folder(replace(self.recipe, seed=seed))
 
 
-def launchers(folder: str | Path = "") -> Path:
-    """The folder with the launchers: the given one, else that of the working directory, else the checkout's.
+def launchers() -> Path:
+    """The folder with the launchers: that of the working directory, else the checkout's.
 
     Raises:
         ValueError: there is none.
     """
-    places = [Path(folder)] if folder else [Path("launchers"), Path(__file__).parents[2] / "launchers"]
-    for place in places:
+    for place in (Path("launchers"), Path(__file__).parents[2] / "launchers"):
         if place.is_dir():
             return place
-    raise ValueError(f"{places[0]} does not exist: go to the checkout, which has the launchers.")
+    raise ValueError("launchers does not exist: go to the checkout, which has the launchers.")
 
 
 @cache
@@ -259,23 +258,23 @@ def variants(launcher: Path) -> Variants:
     return typing.cast(Variants, module.VARIANTS)
 
 
-def runs_called(command: Command, folder: str | Path = "") -> str:
+def runs_called(command: Command) -> str:
     """The name of the recipe that `command` trains, at little cost; empty where it cannot be told."""
     given = dict(zip(command.options, command.options[1:], strict=False))
     try:
-        known = variants(launchers(folder).resolve() / f"{command.launcher}.py")
+        known = variants(launchers().resolve() / f"{command.launcher}.py")
         return given.get("--name") or known[given.get("--variant", next(iter(known)))]().name
     except (ValueError, KeyError):
         return ""
 
 
-def resolved(command: Command, *more: str, folder: str | Path = "") -> Resolved:
+def resolved(command: Command, *more: str) -> Resolved:
     """The recipe that `command` trains, with `more` options behind its own.
 
     Raises:
         ValueError: as `options.resolve`, or a launcher that does not exist.
     """
-    known = variants(launchers(folder).resolve() / f"{command.launcher}.py")
+    known = variants(launchers().resolve() / f"{command.launcher}.py")
     try:
         recipe, options = resolve(known, [*command.options, *more])
     except SystemExit as end:  # the parser's own complaint, which it has printed

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from hetero_kt.config import Recipe, differences
 from hetero_kt.report.comparison import Cell, cell
@@ -33,12 +32,7 @@ class Line:
 
 
 def fill(
-    table: Table,
-    budget: Budget,
-    seeds: Collection[int] | None,
-    found: Sequence[Run],
-    *more: str,
-    launchers: str | Path = "",
+    table: Table, budget: Budget, seeds: Collection[int] | None, found: Sequence[Run], *more: str
 ) -> tuple[list[Line], list[str]]:
     """The table's rows with what has been run of them, and a sentence on each run that does not count.
 
@@ -48,7 +42,6 @@ def fill(
         seeds: those that count, runs with others are left alone; None takes all.
         found: the run folders.
         more: options behind each command's own (`--output-dir`).
-        launchers: the folder with the launchers.
     """
     notes: dict[str, None] = {}
     counted: dict[str, tuple[Recipe | None, dict[int, Run]]] = {}
@@ -56,7 +49,7 @@ def fill(
         if budget not in row.commands:
             counted[row.label] = None, {}
             continue
-        recipe = resolved(row.commands[budget], *more, folder=launchers).recipe
+        recipe = resolved(row.commands[budget], *more).recipe
         runs, reasons = ({}, []) if table.plans else counting(recipe, seeds, found)
         notes |= dict.fromkeys(reasons)
         counted[row.label] = recipe, runs
