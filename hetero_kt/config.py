@@ -1,7 +1,7 @@
 """A recipe: everything that decides a run's numbers, as frozen dataclasses.
 
 A launcher's `recipe()` returns one `Recipe`; any field can be overridden on the command line by its path
-(`--models.resnet50.optim.lr 0.05`, see `hetero_kt.run`). Names stand for things that a run builds: a model names
+(`--models.resnet50.optim.lr 0.05`, see `hetero_kt.options`). Names stand for things that a run builds: a model names
 its data, a transfer names two weights as `model:weight`. A recipe goes to YAML and back without loss (`to_yaml`,
 `from_yaml`).
 """

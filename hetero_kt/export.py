@@ -14,6 +14,7 @@ from hetero_kt import data, parts
 from hetero_kt.config import Recipe, from_yaml
 from hetero_kt.distributed.layout import verify
 from hetero_kt.distributed.saved import Saved, SavedModel
+from hetero_kt.nn.losses.precision import wide
 from hetero_kt.nn.reencode import plain_state_dict
 
 
@@ -57,15 +58,11 @@ def _views(saved: Saved, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(view, whole state dict) of a model and of its average, in fp32 where it trains in bf16; buffers are means over
     the ranks."""
     model, buffers = SavedModel(saved, name), saved.buffers()[name]
-    weights = {key: _wide(model.whole("weight", key)) for key in model.shapes}
+    weights = {key: wide(model.whole("weight", key)) for key in model.shapes}
     yield name, weights | buffers["buffers"]
     if model.averages:
         averages = {key: model.whole("average", key) for key in model.averages}
         yield f"{name}_ema", weights | averages | buffers["averages"]
-
-
-def _wide(weight: Tensor) -> Tensor:
-    return weight if weight.dtype == torch.float64 else weight.float()
 
 
 def _whatever_it_takes(recipe: Recipe, name: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -29,8 +29,6 @@ import torch.distributed as dist
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.distributed.meeting import connect
 
-PATIENCE = 180.0
-"""Seconds without a step after which a job is given up."""
 LONG = 1800.0
 """Seconds that a declared long part may take: preparing data, compiling, evaluating, saving."""
 _ENDS = "the job ends, and goes on from its last checkpoint when it is started again"
@@ -61,7 +59,7 @@ class Heartbeat:
             gives up.
     """
 
-    def __init__(self, ranks: Ranks, patience: float = PATIENCE) -> None:
+    def __init__(self, ranks: Ranks, patience: float) -> None:
         self.ranks, self.patience = ranks, patience
         self.every = min(10.0, max(patience / 10, 0.2))
         self.moves, self.allowed, self.part = 0, LONG, "starting"

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,6 @@ from torch import Tensor
 LAYOUT = 2
 """Of the files; 1 was DeepSpeed's own."""
 REMOVE = "remove this checkpoint to go on from an older one"
-_NAME = re.compile(r"rank\d+\.(json|safetensors)")
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ def prepare_mergenet(recipe: Recipe, method: MergeNet, modules: Mapping[str, nn.
         }
         exchange = build_exchange(recipe, list(build_transfers(recipe, method, engines).values()))
         compile_chosen(modules, recipe.compile)
-        if isinstance(exchange, mergenet.Exchange):
-            compile_chosen(exchange.adapters(), recipe.compile)
+        compile_chosen(exchange.adapters(), recipe.compile)
         return mergenet.MergeNet(learners, exchange, losses, {name: recipe.budget(name) for name in learners})
 
     return Prepared({f"adapter {name}": parameters(adapter) for name, adapter in adapters.items()}, {}, start)
