@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -19,7 +18,7 @@ import tyro
 
 from hetero_kt.checks import check, zero_block
 from hetero_kt.config import Data, Distill, MergeNet, Recipe, Teacher, from_yaml, nearest, to_yaml
-from hetero_kt.data import PAIRS
+from hetero_kt.data import PAIRS, root
 from hetero_kt.debug import shrink
 from hetero_kt.distributed.launch import place
 from hetero_kt.models import known
@@ -174,7 +173,7 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
         recipe = shrink(recipe, world, [variants[name]().name for name in options.first if name in variants])
         # Four steps are not worth resuming: a second try would find the first one finished and do nothing.
         options = replace(options, resume="never") if options.resume == "auto" else options
-    recipe = replace(recipe, data_dir=recipe.data_dir or os.environ.get("HETERO_KT_DATA", "") or "data")
+    recipe = replace(recipe, data_dir=root(recipe.data_dir))
     check(recipe, world)
     return recipe, options
 

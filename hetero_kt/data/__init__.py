@@ -69,7 +69,7 @@ def open_loader(
 
         make: Any = vqa if config.name == "vqa" else captions
         tokens = tokenizer(config, data_dir)
-        return make(config, _root(data_dir), tokens, train=train, seed=seed, rank=rank, world=world, device=device)
+        return make(config, root(data_dir), tokens, train=train, seed=seed, rank=rank, world=world, device=device)
     if config.pipeline == "fast":
         if config.name == "shards":
             raise ValueError("data shards: the fast pipeline augments in memory: use --data.NAME.pipeline timm")
@@ -110,8 +110,8 @@ def samples(config: Data, data_dir: str = "") -> int:
     return min(kept, config.per_class * classes(config, data_dir)) if config.per_class else kept
 
 
-def _root(data_dir: str) -> str:
-    """The folder with the data sets."""
+def root(data_dir: str) -> str:
+    """The folder with the data sets; empty takes the environment's HETERO_KT_DATA, then `data`."""
     return data_dir or os.environ.get("HETERO_KT_DATA") or "data"
 
 
@@ -123,7 +123,7 @@ def _mixer(config: Data, classes: int, train: bool, seed: int, rank: int, world:
 
 def folder(config: Data, data_dir: str) -> Path:
     """Where a data set's shards lie."""
-    place = config.folder if os.path.isabs(config.folder) else _root(data_dir)
+    place = config.folder if os.path.isabs(config.folder) else root(data_dir)
     return local(place, "--data-dir") / local(config.folder, "--data.NAME.folder")
 
 
@@ -154,7 +154,7 @@ def tokenizer(config: Data, data_dir: str = "") -> Tokenizer:
 
             return world.vocabulary()
         return sayings.vocabulary()
-    below = Path(_root(data_dir)) / config.text.tokenizer
+    below = Path(root(data_dir)) / config.text.tokenizer
     try:
         return load_tokenizer(config.text.tokenizer if Path(config.text.tokenizer).exists() else below)
     except ValueError as error:
@@ -166,7 +166,7 @@ GENERATED = "generated"
 
 
 def _texts(config: Data, data_dir: str, train: bool) -> Rows:
-    folder = _root(data_dir)
+    folder = root(data_dir)
     tokens, text = tokenizer(config, data_dir), config.text
     made_up = text.tokenizer == GENERATED
     if config.name == "squad":
@@ -196,7 +196,7 @@ def _read(config: Data, data_dir: str, train: bool) -> ImageSet:
         return generated(train)
     if config.name == "shards":
         raise ValueError("data shards: they are not read into memory: use open_loader")
-    return cifar100(_root(data_dir), train)
+    return cifar100(root(data_dir), train)
 
 
 def _rows(labels: torch.Tensor, classes: int, config: Data, train: bool) -> torch.Tensor:
