@@ -163,14 +163,15 @@ def _check_data(name: str, data: Data, world: int) -> None:
 def _check_meant(option: str, data: Data) -> None:
     """Refuse a field that the set does not have: it would be in the recipe and change nothing."""
     plain = Data()
-    of_pairs, of_pictures = (
-        ("fraction", "blank", "candidates"),
-        ("pipeline", "mix", "augment", "augmentations", "per_class"),
-    )
-    for field in () if data.name in PAIRS else of_pairs:
-        if getattr(data, field) != getattr(plain, field):
-            raise ValueError(f"{option}.{field} is for {' and '.join(PAIRS)} only: leave it out.")
-    for field in of_pictures if data.name in PAIRS else ():
+    others = {
+        **dict.fromkeys(("fraction", "blank", "candidates"), PAIRS),
+        "answers": ("vqa",),
+    }
+    for field, sets in others.items():
+        if data.name not in sets and getattr(data, field) != getattr(plain, field):
+            raise ValueError(f"{option}.{field} is for {' and '.join(sets)} only: leave it out.")
+    of_pictures = ["pipeline", "mix", "augment", "augmentations", *(() if data.name == "imdb" else ("per_class",))]
+    for field in of_pictures if data.name in (*PAIRS, *TEXTS) else ():
         if getattr(data, field) != getattr(plain, field):
             raise ValueError(f"{option}.{field.replace('_', '-')} is not for {data.name}: leave it out.")
 

@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForQuestionAnswering, DistilBertForSequenceClassification
 
-from hetero_kt import data, parts
+from hetero_kt import checks, data, parts
 from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer
 from hetero_kt.distributed import params
 from hetero_kt.distributed.learner import build_learner
@@ -58,6 +58,23 @@ def recipe(folder: Path, stage: int = 1, **changes: Any) -> Recipe:
     sets = {"questions": QUESTIONS, "reviews": replace(REVIEWS, batch=80)}
     base = Recipe("texts", made, sets, MergeNet(transfers), 6, log_every=1)
     return replace(base, output_dir=str(folder), **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "option"),
+    [
+        ("questions", {"augmentations": 2}, "augmentations"),
+        ("reviews", {"pipeline": "timm"}, "pipeline"),
+        ("questions", {"per_class": 3}, "per-class"),
+    ],
+)
+def test_fields_of_pictures_are_refused_of_texts(tmp_path: Path, name: str, change: Any, option: str) -> None:
+    made = recipe(tmp_path)
+    kind = made.data[name].name
+    with pytest.raises(ValueError, match=rf"^--data\.{name}\.{option} is not for {kind}: leave it out\.$"):
+        checks.check(replace(made, data={**made.data, name: replace(made.data[name], **change)}))
+    few = replace(made.data["reviews"], per_class=100)  # reviews have classes, and an epoch has to hold a batch
+    checks.check(replace(made, data={**made.data, "reviews": few}))
 
 
 def pair() -> dict[str, Any]:

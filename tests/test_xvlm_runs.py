@@ -415,6 +415,10 @@ def test_fields_of_pairs_are_refused_elsewhere(tmp_path: Path, change: dict[str,
     pairs = recipe(tmp_path)
     with pytest.raises(ValueError, match=r"^--data\.vqa\.per-class is not for vqa"):
         checks.check(replace(pairs, data={"vqa": replace(pairs.data["vqa"], per_class=3)}))
+    captions = recipe(tmp_path, "captions")
+    ((name, data),) = captions.data.items()
+    with pytest.raises(ValueError, match=rf"^--data\.{name}\.answers is for vqa only: leave it out"):
+        checks.check(replace(captions, data={name: replace(data, answers=3)}))
 
 
 @pytest.mark.parametrize("name", ["vqa", "captions"])
