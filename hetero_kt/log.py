@@ -44,12 +44,15 @@ class Log:
     def __enter__(self) -> Log:
         if self.ranks.first:
             path = self.folder / "metrics.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            part = path.with_suffix(".part")
-            part.write_text("".join(line + "\n" for line in lines if self._stays(line)))
-            os.replace(part, path)  # in one go: a kill here must not cost the run its history
-            self.file = path.open("a", buffering=1)
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start + 1)
+            try:
+                lines = path.read_text().splitlines() if path.exists() else []
+                part = path.with_suffix(".part")
+                part.write_text("".join(line + "\n" for line in lines if self._stays(line)))
+                os.replace(part, path)  # in one go: a kill here must not cost the run its history
+                self.file = path.open("a", buffering=1)
+                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start + 1)
+            except OSError as error:
+                raise Unwritable(path, error) from error
             self.console = Console()
             columns = (
                 TextColumn("{task.description}"),
