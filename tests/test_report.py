@@ -437,6 +437,28 @@ def test_the_console_shows_everything(runs: Path, width: int) -> None:
         assert expected in shown
 
 
+@pytest.mark.parametrize(("width", "tables"), [(50, 9), (80, 3), (101, 3), (400, 1)])
+def test_metrics_that_a_terminal_has_no_room_for_go_into_further_tables(runs: Path, width: int, tables: int) -> None:
+    names = [f"measure{i}" for i in range(9)]
+    for file in (runs / "toy").glob("*/seed*/result.json"):
+        result = json.loads(file.read_text())
+        values = {name: -1000.0 * i + result["seed"] for i, name in enumerate(names)}
+        file.write_text(json.dumps(result | {"metrics": {"cnn": values}}))
+    console = Console(width=width, record=True, file=io.StringIO())
+    report.gather([runs], tables=()).show(console)
+    shown = console.export_text()
+    lines = shown.splitlines()
+    heads = [line.split() for line in lines if line.split()[:1] == ["control"]]
+    assert all(head[:2] == ["control", "seeds"] for head in heads)
+    assert [name for head in heads for name in head[2:]] == names
+    assert len(heads) == sum(line.split()[:1] == ["transfer"] for line in lines) == tables
+    assert "-7999.00 ± 0.82" in shown
+    assert "…" not in shown
+    assert (
+        max(map(len, map(str.rstrip, lines[: lines.index(next(line for line in lines if "Mean ±" in line))]))) <= width
+    )
+
+
 def test_finish_writes_what_it_shows(runs: Path) -> None:
     report.finish(runs / "toy", Console(quiet=True))
     assert "| transfer | 3 |" in (runs / "toy" / "report.md").read_text()

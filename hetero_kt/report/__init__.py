@@ -45,7 +45,8 @@ class Report:
     def show(self, console: Console) -> None:
         """Print the tables, each with its own remarks, how to read them, then the other remarks."""
         for sheet in self.sheets:
-            console.print(text.rich_table(sheet))
+            for table in text.rich_tables(sheet, console.width):
+                console.print(table)
             _remark(console, sheet.notes)
         _remark(console, (*text.footnotes(self.sheets), *self.notes))
 

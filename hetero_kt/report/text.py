@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -24,6 +24,8 @@ PUBLISHED_FOOTNOTE = (
     "Ours: mean ± population standard deviation over seeds. Δ: mean of the seed-by-seed differences to the row's "
     f"baseline, {INTERVAL}; one seed has none. Published differences are in parentheses. ?: not seen at its source."
 )
+_BESIDE = 3
+"""Spaces that a column of a terminal's table has beside its text."""
 PUBLISHED = ("row", "metric", "published", "ours", "seeds", "Δ to baseline")
 
 
@@ -101,33 +103,59 @@ def _published_rows(sheet: Sheet) -> Iterator[tuple[str, ...]]:
 # --- forms ---
 
 
-def rich_table(sheet: Sheet) -> Table:
-    """For a terminal."""
-    # Names as Text: what they have in brackets would be markup to rich.
-    shown = Table(title=Text(title(sheet)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+def rich_tables(sheet: Sheet, width: int) -> list[Table]:
+    """For a terminal of `width` columns: more metrics than it has room for go into further tables."""
     if sheet.published:
-        for name in PUBLISHED:
-            words = name in PUBLISHED[:2]
-            shown.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
-        before = ""
-        for label, *cells in _published_rows(sheet):
-            # What is in brackets goes below its number, or a terminal has no room for names.
-            stacked = [cell.replace(" (", "\n(").replace(" [", "\n[") for cell in cells[1:]]
-            shown.add_row(Text(label if label != before else ""), *map(Text, (cells[0], *stacked)))
-            before = label
-        return shown
-    columns = [name for name in sheet.metrics if name not in DETAILS]
-    shown.add_column("control", overflow="fold")
-    shown.add_column("seeds", justify="right")
-    for name in columns:
-        shown.add_column(Text(heading(name)), justify="right", no_wrap=True)
-    for line in sheet.lines:
-        shown.add_row(
-            Text(line.label),
-            str(len(line.seeds)),
-            *(_stacked(line.cells[m], m) if m in line.cells else "" for m in columns),
-        )
+        return [_published_table(sheet)]
+    columns = {metric: _column(sheet, metric) for metric in sheet.metrics if metric not in DETAILS}
+    labels = max(len("control"), min(max((len(line.label) for line in sheet.lines), default=0), width // 3))
+    room = width - 1 - (labels + _BESIDE) - (len("seeds") + _BESIDE)
+    parts: list[list[str]] = [[]]
+    left = room
+    for metric, cells in columns.items():
+        wide = max(line.cell_len for cell in cells for line in cell.split()) + _BESIDE
+        if wide > left and parts[-1]:
+            parts.append([])
+            left = room
+        parts[-1].append(metric)
+        left -= wide
+    return [_table(sheet, {metric: columns[metric] for metric in part}, i > 0) for i, part in enumerate(parts)]
+
+
+def _empty(title: str) -> Table:
+    # Names as Text: what they have in brackets would be markup to rich.
+    return Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def _published_table(sheet: Sheet) -> Table:
+    shown = _empty(title(sheet))
+    for name in PUBLISHED:
+        words = name in PUBLISHED[:2]
+        shown.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    before = ""
+    for label, *cells in _published_rows(sheet):
+        # What is in brackets goes below its number, or a terminal has no room for names.
+        stacked = [cell.replace(" (", "\n(").replace(" [", "\n[") for cell in cells[1:]]
+        shown.add_row(Text(label if label != before else ""), *map(Text, (cells[0], *stacked)))
+        before = label
     return shown
+
+
+def _table(sheet: Sheet, columns: Mapping[str, Sequence[Text]], continued: bool) -> Table:
+    shown = _empty(title(sheet) + ", continued" * continued)
+    shown.add_column("control", overflow="fold")
+    shown.add_column("seeds", justify="right", no_wrap=True)
+    for name, *_ in columns.values():
+        shown.add_column(name, justify="right", no_wrap=True)
+    for i, line in enumerate(sheet.lines):
+        shown.add_row(Text(line.label), str(len(line.seeds)), *(cells[i + 1] for cells in columns.values()))
+    return shown
+
+
+def _column(sheet: Sheet, metric: str) -> list[Text]:
+    """Its heading, then a cell per line."""
+    cells = (_stacked(line.cells[metric], metric) if metric in line.cells else Text() for line in sheet.lines)
+    return [Text(heading(metric)), *cells]
 
 
 def _stacked(cell: Cell, metric: str) -> Text:
