@@ -1,0 +1,124 @@
+"""Files that appear whole or not at all, also when the machine stops, and reads that neither hang nor fill the memory.
+
+A rename alone survives a kill of the process. It does not survive a machine that stops: the new name may reach the disk
+before the content does. So content and folder are synchronised around every rename that a later start relies on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
+"""What file systems answer that do not synchronise a folder."""
+
+
+# --- writing ---
+
+
+def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write `path` in one go: a kill, or a machine that stops, leaves the old file or the new one.
+
+    The content is written to `<path>.part` beside it, synchronised and renamed. The mode follows the umask, also where
+    the writer chooses another one. A failure removes the unfinished file.
+
+    Args:
+        content: a text (UTF-8), bytes, or a function that writes the file whose path it is given.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)  # left by a kill; a link left there must not be followed
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(descriptor, "wb") as stream:
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            if not callable(content):
+                stream.write(content.encode() if isinstance(content, str) else content)
+        if callable(content):
+            content(part)
+            part.chmod(mode)
+        sync(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def publish_folder(part: Path, folder: Path) -> None:
+    """Rename the finished folder `part` to `folder`, in place of an older one, which is removed.
+
+    All files in it are synchronised first and get the mode that the umask gives.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    mode = stat.S_IMODE(part.stat().st_mode) & 0o666
+    for place, _, names in os.walk(part, topdown=False):
+        for name in names:
+            file = Path(place, name)
+            file.chmod(mode)
+            sync(file)
+        sync(Path(place))
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(part, folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's names, before anything that follows.
+
+    Raises:
+        OSError: the file cannot be synchronised. File systems that do not synchronise folders are passed over.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# --- reading ---
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file (links are followed) to read its bytes. FIFOs and devices are not waited on.
+
+    Raises:
+        OSError: there is no such file, or it is none of the regular ones.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: there is no such file, it is none of the regular ones, or it is larger.
+    """
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {most:,} that are read", str(path))
+        content = stream.read(size + 1)
+    if len(content) > size:
+        raise OSError(errno.EBUSY, "it grows while it is read", str(path))
+    return content
