@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -121,18 +122,63 @@ def test_empty_arrays_come_back(tmp_path):
     assert arrays["none"].shape == (0,)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "notes", "missing"])
-def test_a_damaged_entry_is_built_again(tmp_path, harm):
-    cache.cached("k", lambda: ({"x": np.arange(1000)}, {}), tmp_path)
-    file = tmp_path / "k" / "x.npy"
-    if harm == "truncated":
-        file.write_bytes(file.read_bytes()[:500])
-    elif harm == "notes":
-        (tmp_path / "k" / "notes.json").write_text("{")
-    else:
-        file.unlink()
+def _flip(file: Path, byte: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 1
+    file.write_bytes(content)
+
+
+HARMS = {
+    "truncated": lambda array, notes: os.truncate(array, 500),
+    "a flipped bit": lambda array, notes: _flip(array, -5),
+    "a flipped bit in the header": lambda array, notes: _flip(array, 30),
+    # What a machine that stopped leaves where the file's size was on the disk and its content was not.
+    "zeros behind the header": lambda array, notes: array.write_bytes(array.read_bytes()[:128].ljust(8128, b"\0")),
+    "no JSON": lambda array, notes: notes.write_text("{"),
+    "deep JSON": lambda array, notes: notes.write_text("[" * 100_000),
+    "other notes": lambda array, notes: notes.write_text(notes.read_text().replace('"of it"', '"other"')),
+    "without checksums": lambda array, notes: notes.write_text('{"arrays": ["x"], "notes": {}}'),
+    "missing": lambda array, notes: array.unlink(),
+    "a FIFO": lambda array, notes: (array.unlink(), os.mkfifo(array)),
+    "another entry": lambda array, notes: (
+        cache.cached("other", entry([5]), array.parents[1]),
+        shutil.rmtree(array.parent),
+        shutil.copytree(array.parents[1] / "other", array.parent),
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_entry_is_never_read_and_its_rebuilding_is_said(tmp_path, harm, capsys):
+    cache.cached("k", lambda: ({"x": np.arange(1000)}, {"note": "of it"}), tmp_path)
+    HARMS[harm](tmp_path / "k" / "x.npy", tmp_path / "k" / "notes.json")
+    assert capsys.readouterr().out == ""
     arrays, _ = cache.cached("k", entry([7, 8]), tmp_path)
     assert arrays["x"].tolist() == [7, 8]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"{tmp_path / 'k'} is ")
+    assert said.endswith(": it is built again.")
+
+
+def test_an_entry_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    synchronised: list[str] = []
+    rename = os.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synchronised.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def renamed(old, new):
+        assert {Path(name).name for name in synchronised} >= {"x.npy", "none.npy", "notes.json", Path(old).name}
+        synchronised.clear()
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    cache.cached("k", entry([1]), tmp_path)
+    assert synchronised == [str(tmp_path)]
+
+
+def test_a_fifo_in_place_of_the_lock_is_not_waited_on(tmp_path):
+    os.mkfifo(tmp_path / "k.lock")
+    with pytest.raises(ValueError, match=r"cannot be used .* HETERO_KT_CACHE"):
+        cache.cached("k", entry([1]), tmp_path)
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):

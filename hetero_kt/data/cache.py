@@ -1,8 +1,9 @@
 """Arrays that take minutes to make and are always the same: made once per machine, kept on disk, mapped into memory.
 
-An entry is a folder `<cache>/<key>/` of .npy files and `notes.json`. It appears by a rename when it is complete, so
-nobody ever sees half of one. A lock file beside it lets one process build while others wait; the kernel takes the
-lock back from a builder that is killed, and the next in line begins anew.
+An entry is a folder `<cache>/<key>/` of .npy files and `notes.json`, which holds their checksums. It appears by a
+rename when it is complete and on the disk, so nobody ever sees half of one. Opening it compares the checksums: what a
+disk or a stopped machine has changed is built again. A lock file beside it lets one process build while others wait;
+the kernel takes the lock back from a builder that is killed, and the next in line begins anew.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
+
+from hetero_kt import files
+from hetero_kt.messages import first_line
 
 Entry = tuple[dict[str, np.ndarray], dict[str, Any]]
 """Arrays by name, and notes that go into JSON."""
 
+_NOTES = 2**28
+"""Bytes of the largest notes.json that is read."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -43,27 +50,32 @@ def key(*parts: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def cached(name: str, build: Callable[[], Entry], folder: str | Path = "") -> Entry:
+def cached(name: str, build: Callable[[], Entry], folder: str | Path = "", *, verified: bool = False) -> Entry:
     """The entry `name`, read-only and mapped into memory; `build` makes it where it is not there or damaged.
 
     Any number of processes may ask at once: one builds. On file systems without locks several may build, and the
-    first to finish counts.
+    first to finish counts. That a damaged entry is built again is printed.
 
     Args:
         folder: of the cache; empty takes `default_folder()`.
+        verified: this start has compared the checksums already, in another process perhaps.
 
     Raises:
         ValueError: the cache's folder cannot be written.
     """
     cache = Path(folder) if folder else default_folder()
     place = cache / name
-    if (found := _read(place)) is not None:
+    found = _read(place, verified)
+    if not isinstance(found, str):
         return found
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _alone(cache / f"{name}.lock"):
-            if (found := _read(place)) is not None:
+            found = _read(place)
+            if not isinstance(found, str):
                 return found
+            if found:
+                print(f"{place} {found}: it is built again.", flush=True)
             for left in (place, *cache.glob(f"{name}.part*")):  # damaged, or of a builder that was killed
                 shutil.rmtree(left, ignore_errors=True)
             arrays, notes = build()
@@ -74,7 +86,7 @@ def cached(name: str, build: Callable[[], Entry], folder: str | Path = "") -> En
             f" with HETERO_KT_CACHE"
         ) from error
     found = _read(place)
-    if found is None:
+    if isinstance(found, str):
         raise ValueError(f"the cache {cache} loses what is written to it: name another folder with HETERO_KT_CACHE")
     return found
 
@@ -82,26 +94,44 @@ def cached(name: str, build: Callable[[], Entry], folder: str | Path = "") -> En
 def _write(place: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
     part = place.with_name(f"{place.name}.part{os.getpid()}")
     part.mkdir()
+    checksums = {}
     for name, array in arrays.items():
-        np.save(part / f"{name}.npy", array, allow_pickle=False)
-    (part / "notes.json").write_text(json.dumps({"arrays": sorted(arrays), "notes": notes}))
+        file = part / f"{name}.npy"
+        np.save(file, array, allow_pickle=False)
+        checksums[name] = files.checksum(file)
+    content = {"key": place.name, "arrays": checksums, "notes": notes}
+    (part / "notes.json").write_text(json.dumps({**content, "checksum": _own_checksum(content)}))
+    files.sync_folder(part)
     try:
         os.rename(part, place)
     except OSError:
         if not place.is_dir():
             raise
         shutil.rmtree(part)  # no locks here, and another was faster
+    files.sync(place.parent)
 
 
-def _read(place: Path) -> Entry | None:
+def _read(place: Path, verified: bool = False) -> Entry | str:
+    """An entry, or what is wrong with it; empty where there is none."""
     if not place.is_dir():
-        return None
+        return ""
     try:
-        content = json.loads((place / "notes.json").read_text())
-        names = content["arrays"]
-        return {name: _mapped(place / f"{name}.npy") for name in names}, content["notes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        content = json.loads(files.read_regular(place / "notes.json", _NOTES))
+        stated = content.pop("checksum", None)
+        if stated is None:
+            return "is of an earlier version"
+        if stated != _own_checksum(content) or content["key"] != place.name:
+            return "is damaged (the checksum of notes.json differs)"
+        for name, checksum in content["arrays"].items():
+            if not verified and files.checksum(place / f"{name}.npy") != checksum:
+                return f"is damaged (the checksum of {name}.npy differs)"
+        return {name: _mapped(place / f"{name}.npy") for name in content["arrays"]}, content["notes"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"is damaged ({first_line(error)})"
+
+
+def _own_checksum(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _mapped(file: Path) -> np.ndarray:
@@ -113,10 +143,14 @@ def _mapped(file: Path) -> np.ndarray:
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Inside, no other process is. The lock file stays: removing it would let two in."""
-    with lock.open("w") as stream:
+    # A FIFO in its place would let an open without O_NONBLOCK wait for ever.
+    descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
         yield
+    finally:
+        os.close(descriptor)

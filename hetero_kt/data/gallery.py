@@ -132,7 +132,7 @@ class Tables:
             raise ValueError(f"{files[0].parent}: picture {twice} stands in two rows: remove one of them")
         self._counts = [pq.ParquetFile(file).metadata.num_rows for file in files]
         self._name = cache.key("pictures", _FORMAT, *(_sha256(file) for file in files))
-        self._open()
+        self._open(verified=False)
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
@@ -160,10 +160,10 @@ class Tables:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._open()
+        self._open(verified=True)
 
-    def _open(self) -> None:
-        arrays, _ = cache.cached(self._name, self._lay_out)
+    def _open(self, *, verified: bool) -> None:
+        arrays, _ = cache.cached(self._name, self._lay_out, verified=verified)
         self._bytes, self._bounds = arrays["bytes"], arrays["bounds"]
 
     def _lay_out(self) -> cache.Entry:
