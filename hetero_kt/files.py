@@ -24,19 +24,20 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES
 # --- writing ---
 
 
-def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+def write_whole(path: Path, content: str | bytes | Callable[[Path], object], part: Path | None = None) -> None:
     """Write `path` in one go: a kill, or a machine that stops, leaves the old file or the new one.
 
-    The content is written to `<path>.part` beside it, synchronised and renamed. The mode follows the umask, also where
+    The content is written to `part` beside it, synchronised and renamed. The mode follows the umask, also where
     the writer chooses another one. A failure removes the unfinished file.
 
     Args:
         content: a text (UTF-8), bytes, or a function that writes the file whose path it is given.
+        part: the unfinished file, `<path>.part` unless given. Processes that write the same file at once need others.
 
     Raises:
         OSError: the file cannot be written.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = part or path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)  # left by a kill; a link left there must not be followed
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:

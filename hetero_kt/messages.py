@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 def first_line(error: BaseException) -> str:
     """What an error says, for use within a sentence: its first line without the full stop, or else its name."""
+    if isinstance(error, OSError) and error.strerror:  # without its number, and the path that the sentence names
+        return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -233,6 +234,16 @@ def flipped(file: Path) -> None:
     file.write_bytes(content)
 
 
+def zeros(file: Path) -> None:
+    """What a machine that stopped leaves where the file's size was on the disk and its content was not."""
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 def foreign(file: Path) -> None:
     save_file(load_file(file), file, {"store": "another", "checksum": "0"})
 
@@ -257,6 +268,9 @@ def told(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (foreign, "is of another store"),
         (told(lambda _: {"teacher": "another"}), "tells of another teacher"),
         (lambda file: (file.parent / "store.json").write_text("{"), "cannot be read"),
+        (lambda file: (file.parent / "store.json").write_text("[" * 100_000), "cannot be read"),
+        (zeros, "is damaged"),
+        (fifo, "is damaged (it is no regular file"),
     ],
 )
 def test_a_damaged_store_is_refused_by_name(tmp_path: Path, damage: Callable[[Path], None], said: str) -> None:
@@ -280,6 +294,23 @@ def refused(base: Recipe) -> str:
     with tiny.handlers_kept(), pytest.raises(running.UserError) as error:
         running.run(base, Options(), here(), StopSignal())
     return str(error.value)
+
+
+def test_shards_and_their_note_are_on_the_disk_before_their_names(tmp_path: Path, monkeypatch: Any) -> None:
+    synchronised: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synchronised.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    replace_ = os.replace
+
+    def replaced(old: Path, new: Path) -> None:
+        assert synchronised[-1] == str(old)
+        replace_(old, new)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    store = Store(tmp_path, {}, 10, 1, 3, shard=10)
+    store.sign()
+    store.write(0, torch.zeros(10, 3))
+    assert synchronised[-1] == str(store.folder)
+    store.check()
 
 
 @pytest.mark.slow

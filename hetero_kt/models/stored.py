@@ -26,13 +26,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hetero_kt import files
 from hetero_kt.data.cache import key
 from hetero_kt.distributed.launch import Ranks
+from hetero_kt.messages import first_line
 from hetero_kt.models.teacher import Frozen
 from hetero_kt.nn.stages import Stages
 
 ROWS = 4096
 """Of a shard."""
+_NOTE = 2**20
+"""Bytes of the largest store.json that is read."""
 STALE = 3600
 """Seconds after which what is not whole was left by a start that was killed."""
 
@@ -85,8 +89,8 @@ class Store:
         """
         note = self.folder / "store.json"
         try:
-            found = json.loads(note.read_text()) if note.exists() else self._note()
-        except (OSError, ValueError) as error:
+            found = json.loads(files.read_regular(note, _NOTE)) if note.exists() else self._note()
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{note} cannot be read: remove {self.folder}, and it is computed again.") from error
         if found != self._note():
             raise ValueError(
@@ -104,11 +108,14 @@ class Store:
         """Shard `i`, mapped into memory; with `whole`, every byte is checked."""
         file, rows = self.file(i), len(self.rows(i)[0])
         try:
+            files.open_regular(file).close()  # safe_open would wait for a FIFO
             with safe_open(file, "pt") as opened:
                 note = opened.metadata() or {}
                 logits = opened.get_tensor("logits")
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is damaged ({error}): remove it, and it is computed again.") from error
+            raise ValueError(
+                f"{file} is damaged ({first_line(error)}): remove it, and it is computed again."
+            ) from error
         whole_shape = logits.shape == (rows, self.classes) and logits.dtype == torch.float32
         if note.get("store") != self.folder.name or not whole_shape:
             raise ValueError(f"{file} is of another store: remove it, and it is computed again.")
@@ -121,9 +128,11 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         logits = logits.float().cpu().contiguous()
         file = self.file(i)
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        save_file({"logits": logits}, part, {"store": self.folder.name, "checksum": _checksum(logits)})
-        os.replace(part, file)
+        about = {"store": self.folder.name, "checksum": _checksum(logits)}
+        files.write_whole(file, lambda part: save_file({"logits": logits}, part, about), self._part(file))
+
+    def _part(self, file: Path) -> Path:
+        return file.with_name(f"{file.name}.{os.getpid()}.part")  # another job may write the same one
 
     def sign(self) -> None:
         """Write `store.json`, and clear away what starts that were killed have left."""
@@ -131,9 +140,8 @@ class Store:
         for left in self.folder.glob("*.part"):
             if time.time() - left.stat().st_mtime > STALE:  # a younger one may be another job's, at work on it now
                 left.unlink(missing_ok=True)
-        part = self.folder / f"store.json.{os.getpid()}.part"
-        part.write_text(json.dumps(self.describe(), indent=1) + "\n")
-        os.replace(part, self.folder / "store.json")
+        note = self.folder / "store.json"
+        files.write_whole(note, json.dumps(self.describe(), indent=1) + "\n", self._part(note))
 
     @cached_property
     def _mapped(self) -> list[Tensor]:
