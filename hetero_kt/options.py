@@ -20,7 +20,7 @@ from hetero_kt.checks import check, zero_block
 from hetero_kt.config import Data, Distill, MergeNet, Recipe, Teacher, from_yaml, nearest, to_yaml
 from hetero_kt.data import PAIRS, root
 from hetero_kt.debug import shrink
-from hetero_kt.distributed.launch import place
+from hetero_kt.distributed.environment import likely_rank, place
 from hetero_kt.models import known
 from hetero_kt.models.teacher import weights_of
 
@@ -108,7 +108,7 @@ def leave(error: Exception, status: int = 2, alone: bool = False) -> NoReturn:
     With `alone`, from this one: the others may not have met the mistake.
     """
     if alone or is_first_rank():
-        rank, _ = place()
+        rank = likely_rank()
         print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
     else:
         _let_the_first_speak()
@@ -122,7 +122,7 @@ def _let_the_first_speak() -> None:
 
 def is_first_rank() -> bool:
     """True on the one process that may print, known before any process group exists."""
-    return place()[0] == 0
+    return likely_rank() == 0
 
 
 def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | None = None) -> tuple[Recipe, Options]:

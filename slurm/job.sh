@@ -7,17 +7,20 @@ set -uo pipefail
 RESTARTS=${RESTARTS:-3} # a job that failed goes back into the queue until Slurm has restarted it so many times
 STOP_AGAIN=${STOP_AGAIN:-30} # seconds until ranks that were told to stop, and still run, are told once more
 
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+[[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_JOB_NUM_NODES:-} && -n ${SLURM_JOB_NODELIST:-} ]] ||
+    refuse "this is no Slurm job (SLURM_JOB_ID, SLURM_JOB_NUM_NODES, SLURM_JOB_NODELIST): submit the file with sbatch."
+
 # A task of an array has to be named so: the number of the last one is the number of the whole array, too.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
 restart=${SLURM_RESTART_COUNT:-0}
 
 say() { echo "== $(date +%FT%T) job $job, start $((restart + 1)): $*"; }
-
-refuse() {
-    echo "error: $*" >&2
-    exit 2
-}
 
 # To be read in this order: where we are, what runs here, who meets where.
 [[ $# -gt 0 ]] || refuse "no launcher: give one, as in sbatch --nodes 1 slurm/train.sbatch launchers/cifar_mergenet.py."
@@ -32,12 +35,18 @@ elif [[ -d .venv/bin ]]; then
 fi
 read -ra container <<<"${CONTAINER:-}" # words in front of every python, such as: apptainer exec --nv image.sif
 
-per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # ranks; one per GPU unless the command says otherwise
+# Ranks: as many as tasks were asked for, else one per GPU.
+per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+if [[ -z ${SLURM_NTASKS_PER_NODE:-} && ${SLURM_NTASKS:-0} -gt $SLURM_JOB_NUM_NODES ]]; then
+    per_node=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
+    [[ $SLURM_NTASKS -eq $((per_node * SLURM_JOB_NUM_NODES)) ]] ||
+        refuse "$SLURM_NTASKS tasks do not divide over $SLURM_JOB_NUM_NODES nodes: give --ntasks-per-node."
+fi
 world=$((SLURM_JOB_NUM_NODES * per_node))
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 [[ ${#hosts[@]} -gt 0 ]] || refuse "scontrol does not tell this job's hosts."
 export MASTER_ADDR=${hosts[0]}
-# Of the job and of this start: what the last start has left behind may hold its port for a minute.
+# Below the ephemeral ports. Another one for each start: what the last has left behind may hold its port for a minute.
 export MASTER_PORT=$((20000 + (SLURM_JOB_ID + restart) % 10000))
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
 

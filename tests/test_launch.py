@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -19,11 +20,13 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranks import RankPool
 
 from hetero_kt import run as running
 from hetero_kt.data import workers
-from hetero_kt.distributed import launch, meeting
+from hetero_kt.distributed import environment, hosts, launch, meeting
 from hetero_kt.options import Options
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -35,7 +38,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An environment without ranks, given back as it was."""
     before = dict(os.environ)
     for name in list(os.environ):
-        if name in VARIABLES or name.startswith("SLURM_"):
+        if name in VARIABLES or name.startswith(("SLURM_", "PMI", "OMPI_", "MV2_")):
             del os.environ[name]
     yield
     os.environ.clear()
@@ -111,28 +114,45 @@ def test_ranks_started_by_torchrun_meet_also_without_local_rank(pair: RankPool) 
     assert found == [((rank, 2), (rank, 2, rank, "cpu"), 11) for rank in (0, 1)]
 
 
-def slurm_port() -> int:
-    """A free port among those that a job's number can mean."""
-    for port in range(20000, 40000, 7):
+def slurm_job() -> str:
+    """The number of a job whose port is free."""
+    for job in range(1, 500):
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
+            if probe.connect_ex(("127.0.0.1", port_of(SLURM_JOB_ID=str(job)))):
+                return str(job)
     raise AssertionError("no free port")
 
 
-def test_ranks_of_a_slurm_step_meet_at_its_first_host(pair: RankPool, tmp_path: Path) -> None:
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames local[host,other]" ] && printf "localhost\\nother\\n"\n')
-    scontrol.chmod(0o755)
-    job = {
-        "SLURM_JOB_ID": str(slurm_port() - 20000),
-        "SLURM_STEP_ID": "0",
-        "SLURM_NTASKS": "2",
-        "SLURM_JOB_NODELIST": "local[host,other]",
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-    }
+STEP = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+}
+
+
+def filled(**variables: str) -> dict[str, str]:
+    """What torch's process group is told in this environment, which is left as it was."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        environment.fill()
+        return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def port_of(**variables: str) -> int:
+    return int(filled(**STEP | variables)["MASTER_PORT"])
+
+
+def test_ranks_of_a_slurm_step_meet_at_its_first_host_without_scontrol(pair: RankPool, tmp_path: Path) -> None:
+    step = STEP | {"SLURM_JOB_ID": slurm_job(), "SLURM_STEP_NODELIST": "local[host,other]", "PATH": str(tmp_path)}
     # two nodes, so that each rank is the first of its own
-    found = pair.run(meet, [job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0"} for rank in (0, 1)])
+    found = pair.run(meet, [step | {"SLURM_PROCID": str(rank)} for rank in (0, 1)])
     assert found == [((rank, 2), (rank, 2, 0, "cpu"), 11) for rank in (0, 1)]
 
 
@@ -140,7 +160,7 @@ def test_ranks_of_a_slurm_step_meet_at_its_first_host(pair: RankPool, tmp_path: 
 
 
 def test_a_plain_process_is_a_group_of_one_at_a_port_of_its_own() -> None:
-    launch._fill_environment()
+    environment.fill()
     assert launch.place() == (0, 1)
     assert {os.environ[name] for name in ("RANK", "LOCAL_RANK")} == {"0"}
     assert os.environ["WORLD_SIZE"] == "1"
@@ -151,25 +171,258 @@ def test_a_plain_process_is_a_group_of_one_at_a_port_of_its_own() -> None:
         assert launch.free_port() != int(first)
 
 
+STATED = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 @pytest.mark.parametrize("missing", ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
 def test_half_an_environment_is_one_sentence(missing: str) -> None:
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    os.environ |= STATED
     del os.environ[missing]
     with pytest.raises(ValueError, match=rf"^RANK is set but {missing} is not: .*\.$"):
         launch.start()
 
 
-@pytest.mark.parametrize("script", [None, "exit 1", "true"])
-def test_a_slurm_step_without_hosts_is_one_sentence(
-    script: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if script is not None:
-        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if script else str(tmp_path))
-    os.environ |= {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-    with pytest.raises(ValueError, match=r"^scontrol .* set MASTER_ADDR .*\.$"):
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": ""}, "RANK is '' and no number: start with deepspeed, torchrun or srun, or unset RANK."),
+        ({"RANK": "one", "MASTER_PORT": "x"}, "RANK is 'one' and no number; MASTER_PORT is 'x' and no number: "),
+        ({"RANK": "-1"}, "RANK is '-1' and no number: "),
+        ({"RANK": "2"}, "RANK 2 is not below WORLD_SIZE 2: "),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0: "),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0' and no number: "),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK 2 is not below WORLD_SIZE 2: "),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK 1 is not below LOCAL_WORLD_SIZE 1: "),
+        ({"LOCAL_SIZE": "4"}, "LOCAL_SIZE 4 is more than WORLD_SIZE 2: "),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is empty: "),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT 70000 is no port (1 to 65535): "),
+    ],
+)
+def test_all_that_is_wrong_with_a_starter_s_environment_is_one_sentence(variables: dict[str, str], said: str) -> None:
+    os.environ |= STATED | variables
+    with pytest.raises(ValueError) as error:
         launch.start()
+    assert str(error.value).startswith(said)
+
+
+def test_two_faults_are_said_at_once_and_before_the_meeting_point_is_needed() -> None:
+    os.environ |= {"RANK": "3", "LOCAL_RANK": "x"}
+    with pytest.raises(ValueError) as error:
+        launch.place()
+    assert str(error.value) == (
+        "RANK is set but WORLD_SIZE and MASTER_ADDR and MASTER_PORT are not; LOCAL_RANK is 'x' and no number: "
+        "start with deepspeed, torchrun or srun, or unset RANK."
+    )
+
+
+def test_ranks_of_a_plan_need_no_meeting_point() -> None:
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "8"}
+    assert launch.place() == (1, 8)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_half_a_starter_s_environment_is_no_world_of_one(name: str) -> None:
+    os.environ[name] = "1"
+    with pytest.raises(ValueError, match=rf"^{name} is set but RANK is not: start with .*, or unset {name}\.$"):
+        launch.place()
+
+
+@pytest.mark.parametrize("name", ["HETERO_KT_MEETING_SECONDS", "DEEPSPEED_TIMEOUT"])
+@pytest.mark.parametrize("value", ["", "soon", "-3", "nan", "0"])
+def test_a_waiting_time_that_is_no_number_is_one_sentence(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    for ask in (launch.place, launch.start):
+        with pytest.raises(ValueError, match=rf"^{name} '{value}' is no .*number of .*: use \d0, for example\.$"):
+            ask()
+
+
+# --- Slurm ---
+
+
+def test_a_step_s_own_variables_come_before_the_job_s() -> None:
+    job = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "node[1-4]", "SLURM_NTASKS_PER_NODE": "2"}
+    step = {"SLURM_STEP_NODELIST": "node[3-4]", "SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    found = filled(**STEP | job | step)
+    assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("1", "2", "node3")
+    os.environ |= STEP | job | step
+    assert launch.place() == (1, 2)
+    assert launch.ranks_here() == 1
+
+
+def test_ranks_of_one_host_meet_on_loopback_where_its_name_need_not_resolve() -> None:
+    assert filled(**STEP | {"SLURM_STEP_NODELIST": "no.such.host"})["MASTER_ADDR"] == "127.0.0.1"
+    assert filled(**STEP | {"MASTER_ADDR": "10.0.0.7"})["MASTER_ADDR"] == "10.0.0.7"
+
+
+def test_ports_of_a_job_s_steps_and_restarts_differ_and_are_not_ephemeral() -> None:
+    steps = [port_of(SLURM_STEP_ID=str(step)) for step in range(50)]
+    restarts = [port_of(SLURM_RESTART_COUNT=str(count)) for count in range(1, 4)]
+    others = [port_of(SLURM_JOB_ID=str(job)) for job in (1, 4712, 4_000_000_000)]
+    ports = [*steps, *restarts, *others]
+    assert len(set(ports)) == len(ports)
+    assert all(1024 < port < 20000 for port in ports), "slurm/job.sh takes those from 20000"
+    assert port_of(SLURM_PROCID="1") == steps[0]
+    assert port_of(MASTER_PORT="29500") == 29500
+
+
+@pytest.mark.parametrize("step", ["4294967290", "4294967291", "4294967292", "4294967293"])
+def test_an_interactive_shell_is_a_process_alone(step: str) -> None:
+    """And a batch script's step, and those that Slurm keeps for itself."""
+    os.environ |= {**STEP, "SLURM_STEP_ID": step, "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "4"}
+    assert launch.place() == (0, 1)
+    assert launch.ranks_here() == 1
+    found = filled()
+    assert (found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("1", "127.0.0.1")
+
+
+@pytest.mark.parametrize("missing", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"])
+def test_a_slurm_step_that_lacks_a_variable_is_one_sentence(missing: str) -> None:
+    os.environ |= STEP
+    del os.environ[missing]
+    with pytest.raises(
+        ValueError, match=rf"^SLURM_STEP_ID is set but {missing} is not: start with srun, or set RANK, "
+    ):
+        launch.start()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS is 'two' and no number: start with srun, "),
+        ({"SLURM_PROCID": "2"}, "SLURM_PROCID 2 is not below SLURM_STEP_NUM_TASKS 2: "),
+        ({"SLURM_STEP_NODELIST": "node[1-2"}, "SLURM_STEP_NODELIST 'node[1-2' is no list of hosts: "),
+        ({"SLURM_STEP_NODELIST": "node[2-1]"}, "SLURM_STEP_NODELIST holds 2-1, a range that ends before it begins: "),
+        ({"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_ID is set but SLURM_STEP_NODELIST is not: "),
+        ({"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID is 'x' and no number: "),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE is '8' and SLURM_STEP_NUM_TASKS is '2': "),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK is '1' and SLURM_LOCALID is '0': "),
+    ],
+)
+def test_what_is_wrong_with_a_slurm_step_is_one_sentence(variables: dict[str, str], said: str) -> None:
+    os.environ |= STEP | variables
+    with pytest.raises(ValueError) as error:
+        launch.start()
+    assert str(error.value).startswith(said)
+
+
+def test_a_step_may_have_been_given_what_it_says_itself() -> None:
+    """As scripts export it, of which one sets RANK too and not LOCAL_RANK."""
+    assert filled(**STEP, WORLD_SIZE="2")["RANK"] == "0"
+    third = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "RANK": "3", "WORLD_SIZE": "4"}
+    assert filled(**STEP | third, MASTER_ADDR="a", MASTER_PORT="1")["LOCAL_RANK"] == "1"
+
+
+# --- lists of hosts ---
+
+
+def slow(expression: str) -> list[str]:
+    """The names of a list, by writing out its first brackets until there are none."""
+    left, done = re.split(r",(?![^\[]*\])", expression), []
+    while left:
+        one = left.pop(0)
+        found = re.search(r"\[([^\]]*)\]", one)
+        if found is None:
+            done.append(one)
+            continue
+        items = []
+        for item in found[1].split(","):
+            low, dash, high = item.partition("-")
+            items += [str(n).zfill(len(low)) for n in range(int(low), int(high if dash else low) + 1)]
+        left = [one[: found.start()] + item + one[found.end() :] for item in items] + left
+    return done
+
+
+PLAIN = st.text("abc.x-", min_size=1, max_size=4).filter(lambda text: not text.startswith("-"))
+RANGES = st.builds(
+    lambda low, more, width: f"{low:0{width}d}" + (f"-{low + more:0{width}d}" if more else ""),
+    st.integers(0, 120),
+    st.integers(0, 12),
+    st.integers(1, 4),
+)
+BRACKETS = st.lists(RANGES, min_size=1, max_size=3).map(lambda ranges: f"[{','.join(ranges)}]")
+HOSTS = st.lists(
+    st.lists(st.one_of(PLAIN, BRACKETS), min_size=1, max_size=3).map(lambda parts: "n" + "".join(parts)),
+    min_size=1,
+    max_size=3,
+).map(",".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(HOSTS)
+def test_a_list_of_hosts_is_expanded_as_by_hand(expression: str) -> None:
+    assert list(hosts.expand(expression)) == slow(expression)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("n01-9[],", max_size=12))
+def test_any_text_is_a_list_of_hosts_or_a_sentence(expression: str) -> None:
+    with contextlib.suppress(ValueError):
+        first = next(hosts.expand(expression))
+        assert first
+        assert not set(first) & set("[],")
+
+
+def test_lists_as_slurm_writes_them() -> None:
+    expand = {
+        "n[01-03,07],gpu5": ["n01", "n02", "n03", "n07", "gpu5"],
+        "rack[1-2]n[08-10]": ["rack1n08", "rack1n09", "rack1n10", "rack2n08", "rack2n09", "rack2n10"],
+        "127.0.0.[1-2]": ["127.0.0.1", "127.0.0.2"],
+        "a[1,b[3-4]]": ["a1", "ab3", "ab4"],
+        "one": ["one"],
+    }
+    for expression, names in expand.items():
+        assert list(hosts.expand(expression)) == names
+    assert next(hosts.expand("n[0-99999999999]")) == "n0", "one after the other"
+    for nothing in ("", "n1,", "n[1", "n]1[", "n1 n2", "[]", "[" * 3000 + "1" + "]" * 3000):
+        with pytest.raises(ValueError, match="is no list of hosts"):
+            list(hosts.expand(nothing))
+
+
+# --- MPI ---
+
+
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+}
+
+
+@pytest.mark.parametrize("size", MPI)
+def test_ranks_of_mpi_are_no_worlds_of_one(size: str) -> None:
+    for rank in ("0", "1"):
+        os.environ |= {size: "2", MPI[size]: rank}
+        with pytest.raises(ValueError) as error:
+            launch.place()
+        assert str(error.value) == (
+            f"MPI has started 2 processes ({size}), and its ranks are not read here: start with deepspeed, torchrun or "
+            "srun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each of them."
+        )
+        assert environment.likely_rank() == int(rank), "the first one says so"
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2"}
+    assert launch.place() == (1, 2), "as the sentence says"
+
+
+def test_one_process_of_mpi_is_alone() -> None:
+    os.environ |= {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"}
+    assert launch.place() == (0, 1)
+
+
+def test_mpirun_within_a_slurm_job_is_mpi_and_srun_with_pmi_is_slurm() -> None:
+    os.environ |= STEP | {"SLURM_PROCID": "1", "PMI_SIZE": "2", "PMI_RANK": "1", "PMIX_RANK": "1"}
+    assert launch.place() == (1, 2)
+    os.environ |= {"PMI_SIZE": "8", "PMI_RANK": "5"}
+    with pytest.raises(ValueError, match=r"^MPI has started 8 processes \(PMI_SIZE\)"):
+        launch.place()
+    del os.environ["PMI_SIZE"]
+    os.environ["PMIX_RANK"] = "3"
+    with pytest.raises(ValueError, match=r"^MPI has started several processes \(PMIX_RANK is 3\)"):
+        launch.place()
+
+
+# --- batch scripts, and ranks of one machine ---
 
 
 def test_a_batch_script_is_no_rank_of_its_job() -> None:
@@ -186,6 +439,9 @@ def test_a_batch_script_is_no_rank_of_its_job() -> None:
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x12),3", "SLURM_NTASKS_PER_NODE": "8"}, 4),
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "8"}, 8),
         ({"SLURM_NTASKS_PER_NODE": "8"}, 1),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}, 4),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_NUM_NODES": "2"}, 3),
+        ({"SLURM_STEP_ID": "0", "SLURM_TASKS_PER_NODE": "2(x3)"}, 2),
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "1", "LOCAL_SIZE": "2"}, 2),
     ],
 )

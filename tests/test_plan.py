@@ -185,7 +185,7 @@ def test_the_plan_of_a_distillation_prints_teachers_and_what_training_adds(
         *("--plan", "--models.student.name", "timm:resnet18", "--data.pictures.name", "generated"),
         *("--method.teachers.teacher.name", "timm:deit_tiny_patch16_224", "--models.student.ema", "0.9"),
     ]
-    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["cifar_fbt.py", *arguments])
     monkeypatch.setattr(launch, "start", None)

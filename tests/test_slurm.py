@@ -150,6 +150,38 @@ def test_a_step_has_a_task_per_gpu(submit: Callable[..., tuple[int, str, list[st
     assert "8 ranks on node1 node2, meeting at node1:20041" in said
 
 
+@pytest.mark.parametrize("batch_file", ["train", "deepspeed_train"])
+@pytest.mark.parametrize(
+    ("job", "ranks"),
+    [
+        ({"SLURM_NTASKS": "4"}, 4),
+        ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "2"}, 4),
+        ({"SLURM_NTASKS": "2", "SLURM_GPUS_ON_NODE": "4"}, 8),  # one task a node is what Slurm gives unasked
+        ({}, 2),
+    ],
+)
+def test_tasks_that_were_asked_for_are_ranks(
+    submit: Callable[..., tuple[int, str, list[str]]], batch_file: str, job: dict[str, str], ranks: int
+) -> None:
+    _, said, _ = submit(batch_file, "launchers/x.py", srun=FINISH, **job)
+    assert f"{ranks} ranks on node1 node2" in said
+
+
+def test_tasks_that_do_not_divide_over_the_nodes_are_refused(
+    submit: Callable[..., tuple[int, str, list[str]]],
+) -> None:
+    ended, said, calls = submit("train", "launchers/x.py", SLURM_NTASKS="5")
+    assert (ended, calls) == (2, [])
+    assert "error: 5 tasks do not divide over 2 nodes: give --ntasks-per-node." in said
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST"])
+def test_a_batch_file_outside_of_slurm_says_so(submit: Callable[..., tuple[int, str, list[str]]], name: str) -> None:
+    ended, said, calls = submit("train", "launchers/x.py", **{name: ""})
+    assert (ended, calls) == (2, [])
+    assert "error: this is no Slurm job (" in said
+
+
 def test_a_restart_does_not_begin_anew(submit: Callable[..., tuple[int, str, list[str]]]) -> None:
     _, said, calls = submit("train", "launchers/x.py", "--resume", "never", srun="exit 2", restart=1)
     assert calls[0].endswith("launchers/x.py --resume never --resume auto")

@@ -1,14 +1,11 @@
-"""Ranks: found in the environment of deepspeed, torchrun or srun, or made up for one plain process; seeds; signals."""
+"""A start: the process group that the environment describes, the device of this rank; seeds; signals."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import random
-import re
 import signal
-import socket
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,19 @@ import torch
 import torch.distributed as dist
 
 from hetero_kt.distributed import meeting
+from hetero_kt.distributed.environment import fill, free_port, place, ranks_here
+
+__all__ = [
+    "Ranks",
+    "StopSignal",
+    "free_port",
+    "fresh_seed",
+    "make_deterministic",
+    "place",
+    "ranks_here",
+    "seed_everything",
+    "start",
+]
 
 _meeting_point: list[dist.TCPStore] = []
 """Lives as long as the process: other ranks' stores are clients of the first one's."""
@@ -41,7 +51,7 @@ class Ranks:
 def start(same: Mapping[str, str] | None = None) -> Ranks:
     """Join the process group and return this process's place in it.
 
-    Looks for RANK (deepspeed, torchrun), then for a Slurm step, else starts a group of one. Nothing is compiled:
+    `environment` says where RANK comes from; a plain process is a group of one. Nothing is compiled:
     DeepSpeed would build its shared-memory op on CPU at the first start, minutes behind a file lock that a killed
     start leaves behind for ever, so that op is switched off before anything can wait for it.
 
@@ -52,7 +62,7 @@ def start(same: Mapping[str, str] | None = None) -> Ranks:
         ValueError: one sentence about an environment that names no meeting point, too few GPUs, or ranks that do not
             come or do not fit together.
     """
-    _fill_environment()
+    fill()
     cuda = torch.cuda.is_available()
     import deepspeed
     from deepspeed.utils.logging import logger
@@ -94,63 +104,6 @@ def _leave_muon_uncompiled() -> None:
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:
         compiler.compile = decorator
-
-
-def place() -> tuple[int, int]:
-    """(rank, world size) as the environment says, before any process group exists."""
-    env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"]), int(env.get("WORLD_SIZE", "1"))
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-    return 0, 1
-
-
-def ranks_here(otherwise: int = 1) -> int:
-    """Ranks on this machine, as torchrun, deepspeed or srun says; `otherwise` where none of them does.
-
-    Of a Slurm step whose machines have different numbers of tasks it is the largest.
-    """
-    env = os.environ
-    stated = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE")  # torchrun's name, deepspeed's
-    if not stated and "SLURM_STEP_ID" in env:  # a batch script has the job's numbers, and is no rank
-        # As in 4(x2),3; the second is the job's and only there if it was asked for.
-        stated = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE")
-    counts = re.findall(r"(\d+)(?:\(x\d+\))?", stated or "")
-    return max(map(int, counts), default=otherwise)
-
-
-def _fill_environment() -> None:
-    env = os.environ
-    if "RANK" in env:
-        env.setdefault("LOCAL_RANK", env["RANK"] if env.get("WORLD_SIZE") == env.get("LOCAL_WORLD_SIZE") else "0")
-    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        if "MASTER_ADDR" not in env:
-            env["MASTER_ADDR"] = _first_slurm_host()
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-    else:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
-        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(free_port())
-    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in env:
-            raise ValueError(f"RANK is set but {name} is not: start with deepspeed, torchrun or srun, or unset RANK.")
-
-
-def _first_slurm_host() -> str:
-    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise ValueError("scontrol does not tell this Slurm job's hosts: set MASTER_ADDR to the first.") from error
-
-
-def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def seed_everything(seed: int) -> None:

@@ -20,8 +20,11 @@ from importlib.metadata import version
 import torch
 import torch.distributed as dist
 
-SECONDS = float(os.environ.get("HETERO_KT_MEETING_SECONDS", "60"))
-"""How long ranks wait for each other; more where a cold file system lets some import for minutes."""
+from hetero_kt.distributed.environment import seconds_to_meet
+
+SECONDS = 60.0
+"""How long ranks wait for each other, unless HETERO_KT_MEETING_SECONDS says otherwise: more where a cold file system
+lets some import for minutes."""
 _HEARD = 5.0
 """Seconds that the first rank, whose store it is, gives the others to read what has been decided."""
 
@@ -51,6 +54,13 @@ def loopback(host: str) -> bool:
     return host == "localhost" or host.startswith("127.")
 
 
+def _resolves(host: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
+
+
 def _listening(host: str, port: int) -> int:
     try:
         with socket.socket() as opened:
@@ -68,13 +78,13 @@ def meet(rank: int, world: int, gpu: str, same: Mapping[str, str], seconds: floa
     Args:
         gpu: what names this rank's GPU all over the world; empty without one.
         same: what has to be equal on all ranks, by the name that a user knows it by.
-        seconds: that ranks wait for each other; 0 takes `SECONDS`.
+        seconds: that ranks wait for each other; 0 takes the environment's, or `SECONDS`.
 
     Raises:
         NoMeeting: somebody has not come, or the first rank cannot be reached.
         ValueError: ranks do not fit together. Either is one sentence, the same on all ranks that are here.
     """
-    seconds = seconds or SECONDS
+    seconds = seconds or seconds_to_meet(SECONDS)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         server = connect(host, port, serve=rank == 0, seconds=seconds)
@@ -85,10 +95,12 @@ def meet(rank: int, world: int, gpu: str, same: Mapping[str, str], seconds: floa
                 f"the first rank cannot open port {port} of {host} for the others ({reason}): choose another "
                 "MASTER_PORT (deepspeed and torchrun: --master_port)."
             ) from error
+        see = "see whether it has ended, and that the nodes reach each other there (MASTER_ADDR, MASTER_PORT)"
+        if not _resolves(host):
+            see = f"{host} is no name that this machine resolves, so set MASTER_ADDR to the first rank's address"
         raise NoMeeting(
             f"rank {rank} on {socket.gethostname()} has not reached the first rank at {host}:{port} within "
-            f"{seconds:.0f} s: see whether it has ended, and that the nodes reach each other there "
-            "(MASTER_ADDR, MASTER_PORT)."
+            f"{seconds:.0f} s: {see}."
         ) from error
     # torchrun's agent keeps its store when it starts the ranks again
     store = dist.PrefixStore(f"hetero_kt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
