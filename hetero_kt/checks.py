@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hetero_kt import zero
 from hetero_kt.compiler import compilable
 from hetero_kt.config import Data, Distill, Model, Optim, Recipe, Schedule, Teacher, Transfer, nearest
 from hetero_kt.data import GENERATED, PAIRS, TEXTS
@@ -201,9 +201,11 @@ def _check_model(name: str, model: Model, data: Mapping[str, Data], world: int) 
         raise ValueError(f"{option}.pretrained and {option}.init both say where to start: give one of them.")
     block = zero_block(model.zero, f"{option}.zero")
     stage = block["stage"]
-    for part in ("offload_param", "offload_optimizer"):
-        if isinstance(block.get(part), dict) and block[part].get("device") == "nvme":
-            raise ValueError(f"{option}.zero {model.zero} has {part} on nvme, where no checkpoint reaches it: use cpu.")
+    if block.get("compute_grad_norm") is False and model.optim.clip:
+        raise ValueError(
+            f"{option}.zero {model.zero} has compute_grad_norm false, and {option}.optim.clip {model.optim.clip} needs "
+            "that norm: take it out, or do not clip."
+        )
     if stage == 0 and model.precision == "bf16":
         raise ValueError(
             f"{option}.zero {model.zero} is stage 0, which keeps no master copy of bf16 parameters: "
@@ -468,14 +470,15 @@ def zero_block(path: str, option: str = "--zero-config") -> dict[str, Any]:
     A relative path is looked up here first, then beside the package, so that launchers start from anywhere.
 
     Raises:
-        ValueError: missing, not JSON, without a stage, or with keys that belong into the recipe.
+        ValueError: missing, not JSON, without a stage, with keys that belong into the recipe, or one that DeepSpeed
+            refuses.
     """
     places = (Path(path), Path(__file__).resolve().parents[1] / path)
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise ValueError(f"{option} {path} does not exist: use {SHIPPED_ZERO}, or a file of your own.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = zero.load(file.read_text(encoding="utf-8"))
     except ValueError as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{option} {path} is not JSON ({reason}): mend it, or use {SHIPPED_ZERO}.") from error
@@ -491,7 +494,7 @@ def zero_block(path: str, option: str = "--zero-config") -> dict[str, Any]:
     stage = block.get("stage") if isinstance(block, dict) else None
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ValueError(f"{option} {path} needs a stage from 0 to 3, as {SHIPPED_ZERO} have.")
-    return block
+    return zero.resolve(block, f"{option} {path}")
 
 
 def _at_least(option: str, number: int, least: int) -> None:

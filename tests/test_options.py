@@ -42,7 +42,7 @@ VARIANTS = {"default": recipe, "short": short}
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "HETERO_KT_DATA"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "HETERO_KT_DATA"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -594,6 +594,131 @@ def test_a_zero_file_that_is_not_json(tmp_path: Path) -> None:
     file.write_text('{"stage": 1,}')
     with pytest.raises(ValueError, match=r"is not JSON \(.*\): mend it, or use ds_configs/zero0.json to zero3.json\.$"):
         checks.zero_block(str(file))
+
+
+@pytest.mark.parametrize(
+    ("block", "problem"),
+    [
+        (
+            {"stage": 2, "reduce_bucket_sise": 1000, "stage3_prefetch_bucket_size": 15099494.4},
+            "holds reduce_bucket_sise, which is no key of a zero_optimization block: use reduce_bucket_size; "
+            "has stage3_prefetch_bucket_size 15099494.4, which is no whole number: use 15099494.",
+        ),
+        ({"stage": 1, "xyz": 1}, "holds xyz, which is no key of a zero_optimization block: take it out."),
+        (
+            {"stage": 1, "allgather_bucket_size": -5},
+            "has allgather_bucket_size -5, which should be greater than or equal to 0: mend it.",
+        ),
+        ({"stage": 1, "reduce_bucket_size": "500"}, 'has reduce_bucket_size "500", which is no number: use 500.'),
+        ({"stage": 1, "reduce_bucket_size": True}, "has reduce_bucket_size true, which is no number: use 1."),
+        ({"stage": 1, "overlap_comm": "no"}, 'has overlap_comm "no", which is neither true nor false: use false.'),
+        ({"stage": 1, "cpu_offload": True}, "holds cpu_offload, which is deprecated: use offload_optimizer."),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "gpu"}},
+            'has offload_optimizer.device "gpu", which no ZeRO knows: use none or cpu.',
+        ),
+        (
+            {"stage": 3, "offload_param": {"device": "cpu", "pin_memry": True}},
+            "holds offload_param.pin_memry, which is no key of offload_param: use pin_memory.",
+        ),
+        (
+            {"stage": 3, "offload_param": {"device": "auto"}},
+            'has offload_param.device "auto", which nothing resolves: write a value, or take it out.',
+        ),
+        ({"stage": 3, "offload_param": "cpu"}, "is refused by DeepSpeed (offload_param is no object): mend it."),
+        (
+            {"stage": 2, "offload_param": {"device": "cpu"}},
+            "has offload_param, which stage 2 passes over: use stage 3 or higher, or take it out.",
+        ),
+        (
+            {"stage": 0, "offload_optimizer": {"device": "cpu"}},
+            "has offload_optimizer, which stage 0 passes over: use stage 1 or higher, or take it out.",
+        ),
+        (
+            {"stage": 3, "compute_grad_norm": False},
+            "is refused by DeepSpeed (compute_grad_norm=false is supported only with ZeRO Stage 1 or 2): mend it.",
+        ),
+        (
+            {"stage": 1, "compute_grad_norm": False, "offload_optimizer": {"device": "cpu"}},
+            "has compute_grad_norm false beside offload_optimizer, which DeepSpeed refuses: take one out.",
+        ),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+            "holds offload_optimizer.ratio, which replaces the optimizers by DeepSpeed's own: take it out.",
+        ),
+        ({"stage": 1, "legacy_stage1": True}, "holds legacy_stage1, which no DeepSpeed of today has: take it out."),
+        (
+            {"stage": 3, "zero_hpz_partition_size": 2},
+            "holds zero_hpz_partition_size, which keeps further copies of weights, which no transfer and no checkpoint "
+            "reaches: take it out.",
+        ),
+        (
+            {"stage": 3, "prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2},
+            "holds prefetch_bucket_size and stage3_prefetch_bucket_size, which are one key: take one out.",
+        ),
+    ],
+)
+def test_what_deepspeed_would_refuse_or_pass_over_is_said_before_the_start(
+    block: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": block}))
+    with pytest.raises(ValueError) as error:
+        checks.zero_block(str(file))
+    assert str(error.value) == f"--zero-config {file} {problem}"
+    with pytest.raises(ValueError, match=r"^--models\.resnet50\.zero "):
+        checks.check(with_model(zero=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("block", "read"),
+    [
+        ({"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "overlap_comm": "auto"}, {}),
+        ({"reduce_bucket_size": 5e8, "overlap_comm": None}, {"reduce_bucket_size": 500_000_000}),
+        ({"offload_param": None, "offload_optimizer": {"device": "none"}}, {}),
+        ({"offload_param": {}}, {}),
+        ({"prefetch_bucket_size": 7}, {"stage3_prefetch_bucket_size": 7}),
+        ({"offload_param": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}),
+        ({"zero_hpz_partition_size": 1}, {"zero_hpz_partition_size": 1}),
+    ],
+)
+def test_a_block_is_taken_as_deepspeed_reads_it(block: dict[str, Any], read: dict[str, Any], tmp_path: Path) -> None:
+    """By a plan too: both take what `zero_block` gives."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"stage": 3, **block}))
+    found = checks.zero_block(str(file))
+    assert found == {"stage": 3, **read}
+    ours, theirs = (DeepSpeedZeroConfig(**one).model_dump(mode="json") for one in (found, {"stage": 3, **block}))
+    for one in (ours, theirs):  # "none" and nothing at all are the same to its engine
+        for part in ("offload_param", "offload_optimizer"):
+            one[part] = one[part] if (one[part] or {}).get("device", "none") != "none" else None
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"stage": 1, "stage": 3}', "stage is given twice"),
+        ('{"stage": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}", "it is nested too deep"),
+    ],
+)
+def test_a_zero_file_that_json_alone_would_take_or_break_at(text: str, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"is not JSON \({problem}\): mend it, or use"):
+        checks.zero_block(str(file))
+
+
+def test_a_block_without_a_norm_does_not_go_with_clipping(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"stage": 1, "compute_grad_norm": False}))
+    checks.check(with_model(zero=str(file)))
+    with pytest.raises(
+        ValueError, match=r"has compute_grad_norm false, and --models\.resnet50\.optim\.clip 1\.0 needs"
+    ):
+        checks.check(with_model(zero=str(file), optim=Optim(clip=1.0)))
 
 
 # --- runs of one start ---
