@@ -11,6 +11,7 @@ from hetero_kt import zero
 from hetero_kt.compiler import compilable
 from hetero_kt.config import Data, Distill, Model, Optim, Recipe, Schedule, Teacher, Transfer, nearest
 from hetero_kt.data import GENERATED, PAIRS, TEXTS
+from hetero_kt.documents import read_bytes
 from hetero_kt.messages import check_choices
 from hetero_kt.models import XVLMS, known
 
@@ -478,7 +479,7 @@ def zero_block(path: str, option: str = "--zero-config") -> dict[str, Any]:
     if file is None:
         raise ValueError(f"{option} {path} does not exist: use {SHIPPED_ZERO}, or a file of your own.")
     try:
-        content = zero.load(file.read_text(encoding="utf-8"))
+        content = zero.load(read_bytes(file).decode("utf-8"))
     except ValueError as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{option} {path} is not JSON ({reason}): mend it, or use {SHIPPED_ZERO}.") from error

@@ -15,10 +15,13 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from hetero_kt.documents import MOST_YAML, parse_yaml, read_bytes
+from hetero_kt.messages import printable, shown
 from hetero_kt.nn.adapter import AdapterConfig
 
 Control = Literal["transfer", "none", "noise", "shuffled", "frozen", "standardise", "sharing"]
@@ -541,12 +544,26 @@ def from_yaml(text: str) -> Recipe:
         ValueError: a field that recipes do not have, a missing one, or a value of the wrong type.
     """
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"recipe.yaml is not YAML ({' '.join(str(error).split())}): print one with --print."
-        ) from error
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"recipe.yaml cannot be read ({error}): print one with --print.") from error
     return typing.cast(Recipe, _typed(Recipe, content, ""))
+
+
+def read_recipe(file: Path) -> Recipe:
+    """The recipe in a run's `recipe.yaml`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as `from_yaml`, or the file cannot be read.
+    """
+    try:
+        text = read_bytes(file, MOST_YAML).decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"{file} cannot be read (it is not UTF-8): restore it, or name another run.") from error
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({error}): restore it, or name another run.") from error
+    return from_yaml(text)
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
@@ -591,38 +608,41 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if isinstance(value, dict):  # one of several dataclasses: the one whose first field is there
-            arguments = tuple(one for one in arguments if dataclasses.fields(one)[0].name in value) or arguments
+            named = [one for one in arguments if dataclasses.is_dataclass(one)]
+            arguments = tuple(one for one in named if dataclasses.fields(one)[0].name in value) or arguments
         for one in arguments[:-1]:
             with contextlib.suppress(ValueError):
                 return _typed(one, value, path)
         return _typed(arguments[-1], value, path)
     if origin is dict and isinstance(value, dict):
-        return {key: _typed(arguments[1], entry, f"{path}.{key}") for key, entry in value.items()}
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"recipe.yaml: {path.lstrip('.')} names {shown(key)}, which is no text.")
+        return {key: _typed(arguments[1], entry, f"{path}.{printable(key[:80])}") for key, entry in value.items()}
     if origin is tuple and isinstance(value, list):
         return tuple(_typed(arguments[0], entry, path) for entry in value)
-    if origin is Literal and value in arguments:
+    if origin is Literal and any(type(value) is type(one) and value == one for one in arguments):
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3 as a string.
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            pass
     if isinstance(kind, type) and type(value) is kind:
         return value
     wanted = f"one of {', '.join(map(str, arguments))}" if origin is Literal else _name(kind)
-    raise ValueError(f"recipe.yaml: {path.lstrip('.') or 'the file'} is {value!r}, not {wanted}.")
+    raise ValueError(f"recipe.yaml: {path.lstrip('.') or 'the file'} is {shown(value)}, not {wanted}.")
 
 
 def _typed_dataclass(kind: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(
-            f"recipe.yaml: {path.lstrip('.') or 'the file'} is {value!r}, not a mapping of {_name(kind)}'s fields."
+            f"recipe.yaml: {path.lstrip('.') or 'the file'} is {shown(value)}, not a mapping of {_name(kind)}'s fields."
         )
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
-            raise ValueError(f"recipe.yaml: {f'{path}.{key}'.lstrip('.')} is no field: use {nearest(str(key), hints)}.")
+            wrong = printable(key[:80]) if isinstance(key, str) else shown(key)
+            raise ValueError(f"recipe.yaml: {f'{path}.{wrong}'.lstrip('.')} is no field: use {nearest(wrong, hints)}.")
     fields = dataclasses.fields(kind)
     for one in fields:
         required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING

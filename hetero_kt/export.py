@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hetero_kt import data, parts
-from hetero_kt.config import Recipe, from_yaml
+from hetero_kt.config import Recipe, read_recipe
 from hetero_kt.distributed.layout import verify
 from hetero_kt.distributed.saved import Saved, SavedModel
 from hetero_kt.nn.losses.precision import wide
@@ -35,8 +35,8 @@ def write(checkpoint: Path, to: Path | None = None) -> list[Path]:
     folder = checkpoint.parents[1]
     to = folder / f"export-{checkpoint.name}" if to is None else to
     try:
-        recipe = from_yaml((folder / "recipe.yaml").read_text())
-    except OSError as error:
+        recipe = read_recipe(folder / "recipe.yaml")
+    except FileNotFoundError as error:
         raise ValueError(f"{checkpoint} lies in no run's folder: {folder} has no recipe.yaml.") from error
     files = []
     try:

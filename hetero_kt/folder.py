@@ -25,10 +25,11 @@ import torch.distributed as dist
 
 from hetero_kt import data
 from hetero_kt.checks import zero_block
-from hetero_kt.config import Recipe, differences, from_yaml, to_yaml
+from hetero_kt.config import Recipe, differences, read_recipe, to_yaml
 from hetero_kt.distributed import layout
 from hetero_kt.distributed.agreement import Unwritable, agreed
 from hetero_kt.distributed.launch import Ranks
+from hetero_kt.documents import mapping, read_json, whole
 from hetero_kt.lock import Lock
 from hetero_kt.models.teacher import Frozen
 from hetero_kt.options import Options, without_local_rank
@@ -48,11 +49,11 @@ def finished_steps(folder: Path) -> int:
     """
     result = folder / "result.json"
     try:
-        return int(json.loads(result.read_text())["steps"]) if result.exists() else 0
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{result} cannot be read ({type(error).__name__}): remove it to go on from the last checkpoint."
-        ) from error
+        return whole(mapping(read_json(result), "the file").get("steps"), "steps")
+    except FileNotFoundError:
+        return 0
+    except ValueError as error:
+        raise ValueError(f"{result} cannot be read ({error}): remove it to go on from the last checkpoint.") from error
 
 
 def look(recipe: Recipe, options: Options, folder: Path) -> tuple[Path | None, int]:
@@ -84,8 +85,10 @@ def _find_start(recipe: Recipe, options: Options, folder: Path) -> Path | None:
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path, resume: str) -> None:
-    saved = folder / "recipe.yaml"
-    changed = differences(from_yaml(saved.read_text()), recipe) if saved.exists() else []
+    try:
+        changed = differences(read_recipe(folder / "recipe.yaml"), recipe)
+    except FileNotFoundError:
+        return
     if changed:
         raise ValueError(
             f"--resume {resume}: {folder} holds a run of another recipe, which differs in "
@@ -131,14 +134,16 @@ def check_same_data(recipe: Recipe, ours: Mapping[str, Mapping[str, Any]], folde
     """
     file = folder / "data.json"
     try:
-        theirs = json.loads(file.read_text()) if file.exists() else ours
+        theirs = mapping(read_json(file), "the file")
         changed = [
             (kind, name)
             for kind in ("data", "teachers")
             for name in ours[kind]
-            if theirs.get(kind, ours[kind])[name] != ours[kind][name]
+            if mapping(theirs.get(kind, ours[kind]), kind)[name] != ours[kind][name]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError) as error:
         raise ValueError(f"--resume {resume}: {file} cannot be read: remove it to go on unchecked.") from error
     for kind, name in changed:
         if kind == "data":

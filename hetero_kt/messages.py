@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,6 +14,30 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:  # without its number, and the path that the sentence names
         return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+
+
+def printable(text: str) -> str:
+    """The text for a terminal, a page or a table: what would move a cursor, turn the writing's direction or be no
+    character at all stands as its escape. Line breaks and tabs are such too."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or unicodedata.category(one) == "Zs" else _escape(one) for one in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 80
+
+
+def shown(value: object) -> str:
+    """Anything out of a file, for use within a sentence: as Python writes it, short and on one line."""
+    try:
+        return printable(_SHORT.repr(value))
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def check_choices(settings: Any, option: str) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from hetero_kt.checks import check, zero_block
-from hetero_kt.config import Data, Distill, MergeNet, Recipe, Teacher, from_yaml, nearest, to_yaml
+from hetero_kt.config import Data, Distill, MergeNet, Recipe, Teacher, nearest, read_recipe, to_yaml
 from hetero_kt.data import PAIRS, root
 from hetero_kt.debug import shrink
 from hetero_kt.distributed.environment import likely_rank, place
@@ -224,10 +224,10 @@ def _model_of(init: str, output_dir: str) -> str:
         file = weights_of(init, "--teacher", output_dir)
     except ValueError:  # said again, with its option, once it is clear what trains before
         return ""
-    recipe = file.parents[1] / "recipe.yaml"
-    if not recipe.is_file():
+    try:
+        models = read_recipe(file.parents[1] / "recipe.yaml").models
+    except FileNotFoundError:
         return ""
-    models = from_yaml(recipe.read_text(encoding="utf-8")).models
     name = file.stem if file.stem in models else file.stem.removesuffix("_ema")
     return models[name].name if name in models else ""
 

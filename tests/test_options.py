@@ -854,7 +854,7 @@ steps: 3
         ("steps: 400", "steps: true", "recipe.yaml: steps is True, not int."),
         ("lr: 0.1", "lr: fast", "recipe.yaml: models.resnet50.optim.lr is 'fast', not float."),
         ("control: transfer", "control: x", "recipe.yaml: method.control is 'x', not one of transfer, none"),
-        ("steps: 400", "steps: [", "recipe.yaml is not YAML"),
+        ("steps: 400", "steps: [", "recipe.yaml cannot be read (it is not YAML"),
     ],
 )
 def test_yaml_that_is_no_recipe(old: str, new: str, message: str) -> None:

@@ -5,7 +5,6 @@ Shape suffixes: B rows, C channels, H x W pixels.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_kt.config import Teacher, from_yaml
+from hetero_kt.config import Teacher, read_recipe
+from hetero_kt.documents import mapping, read_json, whole
 from hetero_kt.models import build
 from hetero_kt.nn.stages import Stages, expose
 from hetero_kt.profile import part
@@ -215,7 +215,14 @@ def weights_of(init: str, option: str, output_dir: str = "runs") -> Path:
 def _finished(run: Path) -> bool:
     """Whether a run has come to the end of its recipe: one that --max-steps has cut short exports too. A folder without
     a recipe is no run, and its owner knows."""
-    recipe, result = run / "recipe.yaml", run / "result.json"
-    if not recipe.is_file():
+    try:
+        wanted = read_recipe(run / "recipe.yaml").steps
+    except FileNotFoundError:
         return True
-    return result.is_file() and json.loads(result.read_text())["steps"] >= from_yaml(recipe.read_text()).steps
+    result = run / "result.json"
+    try:
+        return whole(mapping(read_json(result), "the file").get("steps"), "steps") >= wanted
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        raise ValueError(f"{result} cannot be read ({error}): restore it, or name another run.") from error
