@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hetero_kt import files
 from hetero_kt.config import Data, Transform
-from hetero_kt.data.pictures import Damaged, decoded, shown
+from hetero_kt.data.pictures import MOST_BYTES, Damaged, decoded, shown
 from hetero_kt.data.text import Sentences, Tokenizer, load_tokenizer
 from hetero_kt.data.vqa import answer_list
 from hetero_kt.messages import first_line
@@ -132,7 +133,7 @@ class Trained:
 
     def _picture(self, path: str | Path) -> Tensor:
         try:
-            picture = decoded(Path(path).read_bytes(), str(path))
+            picture = decoded(files.read_regular(path, MOST_BYTES), str(path))
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}): name a picture.") from error
         except Damaged as error:

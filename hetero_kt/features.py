@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hetero_kt import models
+from hetero_kt import files, models
+from hetero_kt.data.pictures import MOST_BYTES, Damaged, upright
+from hetero_kt.messages import first_line
 from hetero_kt.models.teacher import weights_of
 from hetero_kt.nn.stages import Layout, split, to_map
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 GROUPS = 3
 MOST = 16
 """Pictures in one figure."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FRESH = "-"
 """In place of a weights file: the model as it is initialised."""
 INK, FAINT = "#333333", "#8a8a8a"
@@ -120,11 +122,13 @@ def read_picture(path: Path, size: int) -> Tensor:
     Raises ValueError for a file that is no picture, or a damaged one.
     """
     try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--images: {path} cannot be read as a picture: leave it out, or mend it") from error
+        picture = upright(files.read_regular(path, MOST_BYTES), "it")
+    except (OSError, Damaged) as error:
+        raise ValueError(
+            f"--images: {path} cannot be read as a picture ({first_line(error)}): leave it out, or name a JPEG, PNG or"
+            " WebP file"
+        ) from error
+    picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
     pixels_HWC = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3)
     return pixels_HWC.permute(2, 0, 1) / 255
 

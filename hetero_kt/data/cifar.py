@@ -8,7 +8,6 @@ the `datasets` library instead.
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -19,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from hetero_kt.data.images import ImageSet
+from hetero_kt.data.pictures import Damaged, decoded
 from hetero_kt.messages import first_line
 
 CLASSES = 100
@@ -97,9 +96,8 @@ def _decode(file: Path, encoded: Iterable[bytes], count: int) -> np.ndarray:
     pixels = np.empty((count, _SIZE, _SIZE, 3), np.uint8)
     for row, content in enumerate(encoded):
         try:
-            opened = Image.open(io.BytesIO(content))
-            picture = np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            picture = np.asarray(decoded(content, "its picture"))
+        except Damaged as error:
             raise _damaged(f"{file}, row {row},", error) from error
         if picture.shape != pixels.shape[1:]:
             raise ValueError(

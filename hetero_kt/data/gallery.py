@@ -15,12 +15,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from hetero_kt.data import cache, counter
-from hetero_kt.data.pictures import Damaged, decoded
+from hetero_kt import files
+from hetero_kt.data import cache, counter, parquet
+from hetero_kt.data.pictures import MOST_BYTES, Damaged, decoded
 from hetero_kt.data.shards import INDEX, Index, Shards
 from hetero_kt.messages import first_line
 
@@ -87,7 +87,7 @@ class Folders:
             shards, samples = self._shards[folder]
             return shards.picture(samples[name])
         try:
-            content = (self._root / key).read_bytes()
+            content = files.read_regular(self._root / key, MOST_BYTES)
         except OSError as error:
             raise Damaged(f"{name} cannot be read ({error.strerror})") from error
         return decoded(content, name)
@@ -120,18 +120,21 @@ class Tables:
     and workers there are, they are in memory once.
     """
 
-    def __init__(self, files: Sequence[Path], keys: Sequence[str]) -> None:
+    def __init__(self, of_rows: Sequence[Path], keys: Sequence[str]) -> None:
         """`keys` of the rows of all files, in order.
 
         Raises:
             ValueError: a file that cannot be read or holds no pictures, or a key that stands twice.
         """
-        self._files, self._rows = list(files), {key: row for row, key in enumerate(keys)}
+        self._files, self._rows = list(of_rows), {key: row for row, key in enumerate(keys)}
         if len(self._rows) < len(keys):
             twice = next(key for row, key in enumerate(keys) if self._rows[key] != row)
-            raise ValueError(f"{files[0].parent}: picture {twice} stands in two rows: remove one of them")
-        self._counts = [pq.ParquetFile(file).metadata.num_rows for file in files]
-        self._name = cache.key("pictures", _FORMAT, *(_sha256(file) for file in files))
+            raise ValueError(f"{self._files[0].parent}: picture {twice} stands in two rows: remove one of them")
+        try:
+            self._counts = [parquet.open_parquet(file).metadata.num_rows for file in self._files]
+        except OSError as error:
+            raise _unreadable(Path(error.filename), error) from error
+        self._name = cache.key("pictures", _FORMAT, *(_sha256(file) for file in self._files))
         self._open(verified=False)
 
     def __contains__(self, key: str) -> bool:
@@ -172,9 +175,11 @@ class Tables:
             _demand(file, ["image"])
             with laid_out(file, "pictures with texts"):
                 try:
-                    for batch in pq.ParquetFile(file).iter_batches(256, columns=["image"]):
-                        contents = batch.column(0).field("bytes")
-                        pieces += [np.frombuffer(content.as_py() or b"", np.uint8) for content in contents]
+                    opened = parquet.open_parquet(file)
+                    for group in range(opened.metadata.num_row_groups):
+                        for batch in parquet.iterate(file, opened, group, ["image"]):
+                            contents = batch.column(0).field("bytes")
+                            pieces += [np.frombuffer(content.as_py() or b"", np.uint8) for content in contents]
                 except OSError as error:  # or it would be taken for the cache's
                     raise _unreadable(file, error) from error
         bounds = np.cumsum([len(piece) for piece in pieces])
@@ -207,8 +212,8 @@ def tables(folder: Path, *, train: bool) -> list[Path]:
 def schema(file: Path) -> list[str]:
     """Names of a Parquet file's columns. Raises ValueError where it cannot be read."""
     try:
-        return list(pq.read_schema(file).names)
-    except (pa.ArrowException, OSError) as error:
+        return list(parquet.open_parquet(file).schema_arrow.names)
+    except OSError as error:
         raise _unreadable(file, error) from error
 
 
@@ -220,8 +225,8 @@ def columns(file: Path, names: Sequence[str]) -> pa.Table:
     """
     _demand(file, names)
     try:
-        return pq.read_table(file, columns=list(names))
-    except (pa.ArrowException, OSError) as error:
+        return parquet.read_columns(file, list(names))
+    except OSError as error:
         raise _unreadable(file, error) from error
 
 

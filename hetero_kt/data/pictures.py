@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -32,6 +32,10 @@ from hetero_kt.data.workers import Lost, Stream, usable
 _AUGMENT, _REPLACE = 3, 4
 _REPLACEMENTS = 32  # samples tried in a damaged one's place before the set counts as lost
 _FORMATS = ("JPEG", "PNG", "WEBP")
+MOST_BYTES = 2**28
+"""Of an encoded picture."""
+MOST_PIXELS = 2**26
+"""Of a picture: decoding takes about eight bytes for each."""
 _AGAIN = (
     "see whether its files are still there and whole, and start the same command again, which goes on from the last "
     "complete checkpoint"
@@ -46,13 +50,44 @@ class Damaged(Exception):
     """A sample that cannot be read, and why, without a full stop."""
 
 
+class _TooLarge(Exception):
+    pass
+
+
 def decoded(content: bytes, name: str) -> Image.Image:
     """A picture in RGB from a JPEG, PNG or WebP file's bytes; `name` is what messages call it. Raises Damaged."""
+    with _decoding(name):
+        picture = _opened(content)
+        picture.load()
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def upright(content: bytes, name: str) -> Image.Image:
+    """As `decoded`, turned as its EXIF data says. Raises Damaged."""
+    with _decoding(name):
+        return ImageOps.exif_transpose(_opened(content)).convert("RGB")
+
+
+def _opened(content: bytes) -> Image.Image:
+    """The one place where a picture is opened. Other formats are not tried: for some, Pillow starts other programs."""
+    if len(content) > MOST_BYTES:
+        raise _TooLarge(f"{len(content):,} bytes, more than {MOST_BYTES:,}")
+    picture = Image.open(io.BytesIO(content), formats=_FORMATS)
+    width, height = picture.size
+    if width * height > MOST_PIXELS:
+        raise _TooLarge(f"{width:,} x {height:,} pixels, more than {MOST_PIXELS:,} in all")
+    return picture
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
-            return picture.convert("RGB")
+        yield
     except Exception as error:  # a damaged picture can raise anything
-        raise Damaged(f"{name} cannot be decoded ({type(error).__name__})") from error
+        reason = str(error) if isinstance(error, _TooLarge) else type(error).__name__
+        if isinstance(error, Image.DecompressionBombError):
+            reason = f"more than {MOST_PIXELS:,} pixels"
+        raise Damaged(f"{name} cannot be decoded ({reason})") from error
 
 
 class Statistics(Protocol):

@@ -8,6 +8,7 @@ goes on: shards whose checksum is on record are kept, all others written again, 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -24,8 +25,9 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hetero_kt import files
 from hetero_kt.data import counter
-from hetero_kt.data.inputs import Input, PlainFolder, Run, Samples, parts_of
+from hetero_kt.data.inputs import Contents, Input, PlainFolder, Run, Samples, parts_of, read
 from hetero_kt.data.shards import FORMAT, INDEX, NAMES, ROWS, TABLE, Index, local
 
 _KEY = counter.key(3, 0)
@@ -124,6 +126,8 @@ def _write_part(
     origin = _origin(part, classes, limit)
     scratch = folder / _UNFINISHED
     known, finished = _known(folder, scratch, origin)
+    if known:
+        known = _unchanged(folder, name, known, finished, part.contents(classes, run), limit)
     whole = run.over(
         f"{name}: checking", _is_whole, [_Check(str(folder / k), shard) for k, (shard, _) in known.items()]
     )
@@ -131,13 +135,13 @@ def _write_part(
     kept = len(known)
     if not finished or not all(whole):
         scratch.mkdir(parents=True, exist_ok=True)
-        (scratch / "origin").write_text(origin)
+        files.write_whole(scratch / "origin", origin)
         samples = part.samples(classes, scratch, run)
         jobs = _jobs(folder, scratch, name, samples, limit)
         written = run.over(f"{name}: writing", _write_shard, [job for job in jobs if job.name not in known])
         known |= {shard["name"]: (shard, rows) for shard, rows in written}
         names = [os.path.basename(job.samples.files[k]) for job in jobs for k in job.samples.which]
-        _write_index(folder, classes, origin, [known[job.name] for job in jobs], names if samples.named else None)
+        _write_index(folder, classes, origin, [known[job.name] for job in jobs], names if samples.keys else None)
     shutil.rmtree(scratch, ignore_errors=True)
     shards = [shard for shard, _ in known.values()]
     pictures, size = sum(shard["samples"] for shard in shards), sum(shard["bytes"] for shard in shards)
@@ -145,7 +149,7 @@ def _write_part(
 
 
 def _origin(part: Input, classes: Sequence[str], limit: tuple[int, bool]) -> str:
-    """What the shards are a function of, as a checksum: names and sizes of the input, not its contents."""
+    """What the shards are a function of, as a checksum of names and sizes. Contents are compared by `_unchanged`."""
     digest = hashlib.sha256(f"{FORMAT} {limit} {classes}\n".encode())
     for line in part.identity():
         digest.update(f"{line}\n".encode(errors="surrogateescape"))
@@ -167,17 +171,57 @@ def _known(folder: Path, scratch: Path, origin: str) -> tuple[dict[str, _Record]
         table = np.array(index.table())
         rows = np.split(table, np.searchsorted(table["shard"], np.arange(1, len(index.shards))))
         return {shard["name"]: (shard, own) for shard, own in zip(index.shards, rows, strict=True)}, True
-    if (scratch / "origin").exists():
-        _same(folder, (scratch / "origin").read_text(), origin)
-    elif any(folder.glob("*.tar")):
-        raise ValueError(f"{folder} holds shards of unknown origin: name another folder, or remove them.")
-    known: dict[str, _Record] = {}
-    for file in sorted(scratch.glob("*.json")):
-        known[f"{file.stem}.tar"] = (
-            json.loads(file.read_text()),
-            np.load(file.with_suffix(".npy"), allow_pickle=False),
-        )
-    return known, False
+    try:
+        theirs = files.read_regular(scratch / "origin", 1024).decode("ascii", "replace")
+    except FileNotFoundError:
+        if any(folder.glob("*.tar")):
+            raise ValueError(f"{folder} holds shards of unknown origin: name another folder, or remove them.") from None
+        return {}, False
+    if re.fullmatch(r"[0-9a-f]{64}", theirs):  # a torn one says nothing: contents tell
+        _same(folder, theirs, origin)
+    records = (_record(file) for file in sorted(scratch.glob("*.json")))
+    return {record[0]["name"]: record for record in records if record is not None}, False
+
+
+def _record(file: Path) -> _Record | None:
+    """A shard's record of an unfinished run; None where it is damaged."""
+    try:
+        shard = json.loads(files.read_regular(file, 2**20))
+        files.open_regular(file.with_suffix(".npy")).close()
+        rows = np.load(file.with_suffix(".npy"), allow_pickle=False)
+        checksum = shard.pop("rows")
+        sound = rows.dtype == TABLE and rows.ndim == 1 and zlib.crc32(rows.data) == checksum
+        sound &= shard["name"] == f"{file.stem}.tar" and {type(shard[key]) for key in ("bytes", "samples")} == {int}
+        return (shard, rows) if sound and isinstance(shard["sha256"], str) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError):
+        return None
+
+
+def _unchanged(
+    folder: Path, name: str, known: dict[str, _Record], finished: bool, contents: Contents, limit: tuple[int, bool]
+) -> dict[str, _Record]:
+    """Those of the shards that hold what the input holds now, picture by picture.
+
+    Raises:
+        ValueError: a finished run's do not.
+    """
+    order = counter.permutation(_KEY, len(contents.labels))
+    starts = _starts(contents.lengths[order], limit)
+    expected = {_shard_name(name, number): own for number, own in enumerate(np.split(order, starts[1:]))}
+    if finished and set(known) != set(expected):
+        raise ValueError(f"{folder} holds other shards than the input gives now: name another folder, or remove it.")
+    same = {}
+    for shard, (about, rows) in known.items():
+        own = expected.get(shard, order[:0])
+        now = (contents.labels[own], contents.lengths[own], contents.crc32[own])
+        if all(np.array_equal(rows[field], new) for field, new in zip(("label", "length", "crc32"), now, strict=True)):
+            same[shard] = about, rows
+        elif finished:
+            raise ValueError(
+                f"{folder / shard} holds other pictures or labels than the input does now: name another folder, or "
+                "remove it."
+            )
+    return same
 
 
 def _same(folder: Path, theirs: str, ours: str) -> None:
@@ -214,31 +258,40 @@ class _Shard:
 
 def _jobs(folder: Path, scratch: Path, name: str, samples: Samples, limit: tuple[int, bool]) -> list[_Shard]:
     order = counter.permutation(_KEY, len(samples.labels))
-    most, in_bytes = limit
-    if in_bytes:
-        entries = 3 * _BLOCK + -(-samples.lengths[order] // _BLOCK) * _BLOCK  # two headers and the label's block
-        starts, filled = [0], 0
-        for position, entry in enumerate(entries.tolist()):
-            if filled and filled + entry > most:
-                starts.append(position)
-                filled = 0
-            filled += entry
-    else:
-        starts = list(range(0, len(order), most))
+    starts = _starts(samples.lengths[order], limit)
     jobs = []
     for number, (first, rows) in enumerate(zip(starts, np.split(order, starts[1:]), strict=True)):
-        files, which = np.unique(samples.which[rows], return_inverse=True)
+        used, which = np.unique(samples.which[rows], return_inverse=True)
         own = Samples(
-            [samples.files[file] for file in files],
-            [samples.names[file] for file in files],
+            [samples.files[file] for file in used],
+            [samples.names[file] for file in used],
             which,
             samples.offsets[rows],
             samples.lengths[rows],
             samples.labels[rows],
-            samples.named,
+            tuple(samples.keys[file] for file in used) if samples.keys else (),
         )
-        jobs.append(_Shard(str(folder), str(scratch), f"{name}-{number:06d}.tar", first, own))
+        jobs.append(_Shard(str(folder), str(scratch), _shard_name(name, number), first, own))
     return jobs
+
+
+def _starts(lengths: np.ndarray, limit: tuple[int, bool]) -> list[int]:
+    """The position in the order at which each shard begins, given the lengths in it."""
+    most, in_bytes = limit
+    if not in_bytes:
+        return list(range(0, len(lengths), most))
+    entries = 3 * _BLOCK + -(-lengths // _BLOCK) * _BLOCK  # two headers and the label's block
+    starts, filled = [0], 0
+    for position, entry in enumerate(entries.tolist()):
+        if filled and filled + entry > most:
+            starts.append(position)
+            filled = 0
+        filled += entry
+    return starts
+
+
+def _shard_name(part: str, number: int) -> str:
+    return f"{part}-{number:06d}.tar"
 
 
 def _write_shard(job: _Shard) -> _Record:
@@ -254,8 +307,8 @@ def _write_shard(job: _Shard) -> _Record:
             rows["crc32"][row] = zlib.crc32(content)
             place = samples.names[samples.which[row]]
             entry: dict[str, Any] = {"__key__": f"{job.first + row:08d}", _extension(content, place): content}
-            if samples.named:  # webdataset takes what is behind the first dot for the kind
-                entry["__key__"] = Path(place).stem.replace(".", "_")
+            if samples.keys:
+                entry["__key__"] = samples.keys[samples.which[row]]
             else:
                 entry["cls"] = str(samples.labels[row]).encode()
             writer.write(entry)
@@ -271,20 +324,22 @@ def _write_shard(job: _Shard) -> _Record:
         "sha256": _sha256(str(unfinished)),
     }
     os.replace(unfinished, Path(job.folder, job.name))
-    np.save(unfinished.with_suffix(".npy"), rows)
-    _write_whole(unfinished.with_suffix(".json"), json.dumps(record))  # last: from here on the shard is kept
+    files.sync(Path(job.folder))
+    files.write_whole(unfinished.with_suffix(".npy"), _npy(rows))
+    about = json.dumps({**record, "rows": zlib.crc32(rows.data)})
+    files.write_whole(unfinished.with_suffix(".json"), about)  # last: from here on the shard is kept
     return record, rows
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
 
 
 def _contents(samples: Samples) -> Iterator[bytes]:
     for which, offset, length in zip(samples.which, samples.offsets.tolist(), samples.lengths.tolist(), strict=True):
-        file = samples.files[which]
-        with open(file, "rb") as stream:
-            stream.seek(offset)
-            content = stream.read(length)
-        if len(content) != length:
-            raise ValueError(f"{file} has changed since it was listed: run the same command again.")
-        yield content
+        yield read(samples.files[which], offset, length)
 
 
 def _extension(content: bytes, place: str) -> str:
@@ -303,9 +358,7 @@ def _write_index(
 ) -> None:
     table = np.concatenate([rows for _, rows in records])
     table["shard"] = np.repeat(np.arange(len(records)), [len(rows) for _, rows in records])
-    unfinished = folder / _UNFINISHED / ROWS
-    np.save(unfinished, table)
-    os.replace(unfinished, folder / ROWS)
+    files.write_whole(folder / ROWS, _npy(table))
     index = {
         "format": FORMAT,
         "origin": origin,
@@ -314,17 +367,12 @@ def _write_index(
         "shards": [shard for shard, _ in records],
     }
     if names is not None:
-        _write_whole(folder / NAMES, json.dumps(names))
-        index["names"] = zlib.crc32((folder / NAMES).read_bytes())
-    _write_whole(folder / INDEX, json.dumps(index, indent=1) + "\n")
+        listed = json.dumps(names).encode()
+        files.write_whole(folder / NAMES, listed)
+        index["names"] = zlib.crc32(listed)
+    files.write_whole(folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 def _sha256(path: str) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -17,17 +17,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from hetero_kt.data.pictures import Damaged, decoded
+from hetero_kt import files
+from hetero_kt.data.pictures import MOST_BYTES, Damaged, decoded
+from hetero_kt.messages import first_line
 
 FORMAT = 1
 INDEX, ROWS, NAMES = "index.json", "index.npy", "names.json"
@@ -36,6 +39,9 @@ TABLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("labe
 in it, how many they are, the class, and their checksum."""
 
 _OPEN_FILES = 64
+_MOST_INDEX, _MOST_NAMES = 2**28, 2**31  # bytes
+_Kind = TypeVar("_Kind")
+_WORDS = {str: "text", int: "whole number", list: "list", dict: "mapping"}
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 
@@ -61,34 +67,39 @@ class Index:
         """
         self.folder = folder
         try:
-            content = (folder / INDEX).read_bytes()
+            content = files.read_regular(folder / INDEX, _MOST_INDEX)
         except OSError as error:
             raise ValueError(
-                f"{folder} holds no {INDEX} ({error.strerror}): let hetero-kt shards write (or finish) it, or name "
+                f"{folder} holds no {INDEX} ({first_line(error)}): let hetero-kt shards write (or finish) it, or name "
                 "another folder with --data-dir and --data.NAME.folder."
             ) from error
         try:
             index = json.loads(content)
             if index["format"] != FORMAT:
-                raise ValueError(f"it is of format {index['format']}")
+                raise ValueError(f"it is of format {index['format']!r:.40}")
             self.checksum = zlib.crc32(content)
-            self.classes: list[str] = [str(name) for name in index["classes"]]
-            self.shards: list[dict[str, Any]] = index["shards"]
-            self.origin: str = index["origin"]
+            self.classes: list[str] = [_typed(name, str) for name in _typed(index["classes"], list)]
+            self.shards: list[dict[str, Any]] = [_typed(shard, dict) for shard in _typed(index["shards"], list)]
+            self.origin: str = _typed(index["origin"], str)
             self._names: int | None = index.get("names")
-            names, sizes = [str(s["name"]) for s in self.shards], [int(s["bytes"]) for s in self.shards]
-            if any(_SHARD_NAME.fullmatch(name) is None for name in names):
-                odd = next(name for name in names if _SHARD_NAME.fullmatch(name) is None)
-                raise ValueError(f"it names {odd!r}, which is no shard beside it")
-            self._check_table(index["rows"], sizes)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            for shard in self.shards:
+                name, size = _typed(shard["name"], str), _typed(shard["bytes"], int)
+                if _SHARD_NAME.fullmatch(name) is None:
+                    raise ValueError(f"it names {name!r:.60}, which is no shard beside it")
+                if not 0 <= size < 2**63 or not 0 <= _typed(shard.get("samples", 0), int) < 2**32:
+                    raise ValueError(f"{name} cannot be as large as it says")
+            if len({shard["name"] for shard in self.shards}) < len(self.shards):
+                raise ValueError("it names a shard twice")
+            self._check_table(_typed(index["rows"], dict))
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RecursionError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
             raise ValueError(
                 f"{folder / INDEX} cannot be used ({reason}): let hetero-kt shards write it again."
             ) from error
 
     def table(self) -> np.ndarray:
         """Of type TABLE; it stays in its file until it is read."""
+        files.open_regular(self.folder / ROWS).close()
         return np.load(self.folder / ROWS, mmap_mode="r", allow_pickle=False)
 
     def names(self) -> list[str]:
@@ -100,24 +111,39 @@ class Index:
         if self._names is None:
             raise ValueError(f"{self.folder} holds labelled pictures without names: write shards of one plain folder")
         try:
-            content = (self.folder / NAMES).read_bytes()
-        except OSError as error:
+            content = files.read_regular(self.folder / NAMES, _MOST_NAMES)
+            if zlib.crc32(content) != self._names:
+                raise ValueError("it is another one")
+            names = [_typed(name, str) for name in _typed(json.loads(content), list)]
+            if len(names) != len(self.table()):
+                raise ValueError("it has more names or fewer than there are rows")
+            return names
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"{self.folder / NAMES} cannot be read ({error.strerror}): let hetero-kt shards write it again."
+                f"{self.folder / NAMES} cannot be used ({first_line(error)}): let hetero-kt shards write it again."
             ) from error
-        if zlib.crc32(content) != self._names:
-            raise ValueError(f"{self.folder / NAMES} is another one: let hetero-kt shards write it again.")
-        names: list[str] = json.loads(content)
-        return names
 
-    def _check_table(self, stated: dict[str, int], sizes: list[int]) -> None:
-        table = self.table()
-        if table.dtype != TABLE or zlib.crc32(table.data) != stated["crc32"] or len(table) != stated["count"]:
+    def _check_table(self, stated: dict[str, Any]) -> None:
+        table, sizes = self.table(), np.array([shard["bytes"] for shard in self.shards], np.uint64)
+        if table.dtype != TABLE or table.ndim != 1 or len(table) != stated["count"]:
             raise ValueError(f"{ROWS} beside it is another one")
-        if len(table) and (table["shard"].max() >= len(sizes) or table["label"].max() >= len(self.classes)):
+        if zlib.crc32(table.data) != stated["crc32"]:
+            raise ValueError(f"{ROWS} beside it is another one")
+        if not len(table):
+            return
+        if table["shard"].max() >= len(sizes) or table["label"].max() >= len(self.classes):
             raise ValueError(f"{ROWS} beside it has numbers of shards or classes that do not exist")
-        if (table["offset"] + table["length"] > np.array(sizes, np.uint64)[table["shard"]]).any():
+        if table["length"].max() > MOST_BYTES:
+            raise ValueError(f"{ROWS} beside it has a picture of more than {MOST_BYTES:,} bytes")
+        room, lengths = sizes[table["shard"]], table["length"].astype(np.uint64)
+        if (lengths > room).any() or (table["offset"] > room - lengths).any():  # a sum might pass 2**64
             raise ValueError(f"{ROWS} beside it points behind a shard's end")
+
+
+def _typed(value: Any, kind: type[_Kind]) -> _Kind:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.40} is no {_WORDS[kind]}")
+    return value
 
 
 def write_stand_in(folder: Path, classes: int, samples: int) -> None:
@@ -220,7 +246,7 @@ class Shards:
         self.labels = self._table["label"][self.rows].astype(np.int64)
 
     def _open(self, number: int) -> BinaryIO:
-        return self._path(number).open("rb", buffering=0)
+        return files.open_regular(self._path(number))
 
     def _path(self, number: int) -> Path:
         return self._index.folder / str(self._index.shards[number]["name"])
@@ -228,9 +254,12 @@ class Shards:
     def _torn(self, number: int) -> str:
         """Why a shard is not there in full; empty if it is. Cheap: contents are checked picture by picture."""
         try:
-            size = self._path(number).stat().st_size
+            found = self._path(number).stat()
         except OSError as error:
             return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        if not stat.S_ISREG(found.st_mode):
+            return "is no regular file"
+        size = found.st_size
         stated = int(self._index.shards[number]["bytes"])
         return "" if size == stated else f"has {size:,} bytes instead of {stated:,}"
 
