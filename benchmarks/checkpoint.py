@@ -39,8 +39,8 @@ from hetero_kt.cost import sent_bytes
 from hetero_kt.distributed import checkpoint, launch, layout
 from hetero_kt.distributed.checkpoint import Checkpoints, Written
 from hetero_kt.distributed.learner import Learner, build_learner
-from hetero_kt.folder import commit
 from hetero_kt.options import without_local_rank
+from hetero_kt.provenance import own_commit
 from hetero_kt.tasks import classification
 
 
@@ -79,7 +79,7 @@ def main(bench: Bench) -> None:
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
             "world_size": ranks.world,
             "versions": {name: version(name) for name in ("torch", "deepspeed")},
-            "commit": commit(),
+            "commit": own_commit(),
             "stages": rows,
         }
         table = Table(title=f"{bench.model}, {result['device']}, {ranks.world} rank(s)")

@@ -19,11 +19,10 @@ import tyro
 from measure import Turns, report
 
 from hetero_kt import models
-from hetero_kt.config import Model, Optim, Schedule
+from hetero_kt.config import AdapterConfig, Model, Optim, Schedule
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.learner import build_learner
 from hetero_kt.methods.mergenet import Exchange, MergeNet, Site, Transfer
-from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.reencode import factorise
 from hetero_kt.options import without_local_rank
 from hetero_kt.tasks import classification

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hetero_kt.folder import commit
+from hetero_kt.provenance import own_commit
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def about() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "timm", "webdataset")},
-        "commit": commit(),
+        "commit": own_commit(),
     }
 
 

@@ -34,8 +34,8 @@ from torch import nn
 
 from hetero_kt.config import Optim
 from hetero_kt.distributed import launch
-from hetero_kt.distributed.engine import build_optimizer
 from hetero_kt.methods.mergenet import Exchange, Site, Transfer
+from hetero_kt.optimizer import build_optimizer
 from hetero_kt.options import without_local_rank
 
 

@@ -23,12 +23,11 @@ from torch import Tensor
 
 from hetero_kt import models
 from hetero_kt.checks import zero_block
-from hetero_kt.config import Model, Optim, Schedule, Teacher
+from hetero_kt.config import AdapterConfig, Model, Optim, Schedule, Teacher
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.learner import Learner, build_learner
 from hetero_kt.methods.mergenet import Exchange, MergeNet, Site, Transfer
 from hetero_kt.models.teacher import build_teacher
-from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.reencode import factorise
 from hetero_kt.options import without_local_rank
 from hetero_kt.tasks import classification

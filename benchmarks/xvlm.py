@@ -18,12 +18,11 @@ import tyro
 from measure import Figure, Turns, report
 
 from hetero_kt import data
-from hetero_kt.config import Data, Model, Optim, Schedule, Text, Transform
+from hetero_kt.config import AdapterConfig, Data, Model, Optim, Schedule, Text, Transform
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.learner import build_learner
 from hetero_kt.methods.mergenet import Exchange, MergeNet, Site, Transfer
 from hetero_kt.models import modality_values, xvlm
-from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.options import without_local_rank
 from hetero_kt.tasks import task_of
 

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from hetero_kt import zero
 from hetero_kt.compiler import compilable
-from hetero_kt.config import Data, Distill, Model, Optim, Recipe, Schedule, Teacher, Transfer, nearest
-from hetero_kt.data import GENERATED, PAIRS, TEXTS
+from hetero_kt.config import (
+    GENERATED,
+    PAIRS,
+    TEXTS,
+    Data,
+    Distill,
+    Model,
+    Optim,
+    Recipe,
+    Schedule,
+    Teacher,
+    Transfer,
+    nearest,
+)
 from hetero_kt.documents import read_bytes
 from hetero_kt.messages import check_choices
-from hetero_kt.models import XVLMS, known
+from hetero_kt.models import XVLMS, is_known, known
+from hetero_kt.shipped import zero_file
 
 SHIPPED_ZERO = "ds_configs/zero0.json to zero3.json"
 
@@ -242,9 +254,9 @@ def _check_name(option: str, model: Model, data: str) -> None:
         raise ValueError(f"{option}.pretrained is for timm's models: name hf:bert-base-uncased, for example.")
     if xvlm and model.pretrained:
         raise ValueError(f"{option}.pretrained is for timm's models: use {option}.xvlm.vision timm:NAME.")
-    names = list(XVLMS) if xvlm else known()
-    if not bert and model.name not in names:
-        raise ValueError(f"{option}.name {model.name} is no model: use {nearest(model.name, names)}.")
+    if not (bert or (model.name in XVLMS if xvlm else is_known(model.name))):
+        near = nearest(model.name, list(XVLMS) if xvlm else known())
+        raise ValueError(f"{option}.name {model.name} is no model: use {near}.")
     for field in ("vision", "text"):
         if getattr(model.xvlm, field) and not xvlm:
             raise ValueError(f"{option}.xvlm.{field} is for X-VLM only: leave it out.")
@@ -386,7 +398,7 @@ def _check_stored(option: str, method: Distill, student: Model, pictures: Data) 
 def _check_teacher(option: str, name: str, teacher: Teacher, student: str) -> None:
     if "." in name or name in ("student", "fused", student):
         raise ValueError(f"{option}: a teacher cannot be called {name}: give it another name without a dot.")
-    if teacher.name not in known():
+    if not is_known(teacher.name):
         raise ValueError(f"{option}.name {teacher.name} is no model: use {nearest(teacher.name, known())}.")
     if teacher.pretrained and teacher.init:
         raise ValueError(f"{option}.pretrained and {option}.init both say where its weights are: give one of them.")
@@ -468,14 +480,14 @@ def split_site(site: str, option: str = "site") -> tuple[str, str]:
 def zero_block(path: str, option: str = "--zero-config") -> dict[str, Any]:
     """DeepSpeed's `zero_optimization` block from a JSON file that holds it, bare or under that key.
 
-    A relative path is looked up here first, then beside the package, so that launchers start from anywhere.
+    A relative path is looked up in the working directory first; `ds_configs/NAME.json` is found where it
+    is installed, too.
 
     Raises:
         ValueError: missing, not JSON, without a stage, with keys that belong into the recipe, or one that DeepSpeed
             refuses.
     """
-    places = (Path(path), Path(__file__).resolve().parents[1] / path)
-    file = next((place for place in places if place.is_file()), None)
+    file = zero_file(path)
     if file is None:
         raise ValueError(f"{option} {path} does not exist: use {SHIPPED_ZERO}, or a file of your own.")
     try:

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hetero_kt import __version__
+
 if typing.TYPE_CHECKING:
     from hetero_kt.report import Report
 
@@ -40,7 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hetero-kt", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"hetero-kt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("recipes", help="list the launchers, ZeRO blocks and batch files, or copy one")
+    command.add_argument("action", nargs="?", choices=("list", "copy"), default="list", help="(list)")
+    command.add_argument("names", nargs="*", metavar="NAME", help="to copy: xvlm_vqa, zero3, train.sbatch, ...")
+    command.add_argument("--to", default=".", metavar="FOLDER", help="where copies go (.)")
+    command.set_defaults(command=_recipes)
 
     command = commands.add_parser("sites", help="list a model's weights that can take part in a transfer")
     command.add_argument("name", metavar="NAME", help="timm:resnet50, cifar:mobilenetv2, bert:4x256, ...")
@@ -52,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--gpus", type=int, default=1, help="of each node (1); name options before the launcher")
     command.add_argument("--nodes", type=int, default=1, help="to plan for (1)")
     command.add_argument("--memory", type=float, default=0.0, help="GiB of a GPU that it has to fit into (this one's)")
-    command.add_argument("launcher", metavar="LAUNCHER", help="launchers/cifar_mergenet.py, ...")
+    command.add_argument("launcher", metavar="LAUNCHER", help="a file, or an installed one: cifar_mergenet, ...")
     command.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="the launcher's own options")
     command.set_defaults(command=_plan)
 
@@ -156,6 +165,45 @@ def _add_forms(command: argparse.ArgumentParser) -> None:
     command.add_argument("--html", metavar="FILE", help="write all of it there, as one page for a browser")
 
 
+def _recipes(arguments: argparse.Namespace) -> int:
+    from hetero_kt import shipped
+
+    if arguments.action == "copy":
+        if not arguments.names:
+            raise ValueError("recipes copy: name what to copy; hetero-kt recipes lists what there is.")
+        for name in arguments.names:
+            new, *beside = shipped.copy(name, Path(arguments.to))
+            more = f" (reads {', '.join(map(str, beside))})" if beside else ""
+            print(f"{new}{more}: {_USES[new.suffix].format(new)}")
+        return 0
+    if arguments.names:
+        raise ValueError(f"recipes {arguments.names[0]}: use recipes copy {arguments.names[0]}, or recipes alone.")
+    for kind, title in _KINDS.items():
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name in shipped.names(kind):
+            suffix = ".sbatch" if kind == "slurm" else ""
+            table.add_row(Text(f"{name}{suffix}"), Text(shipped.about(kind, name)))
+        Console().print(table)
+        print()
+    print("hetero-kt recipes copy NAME puts one here.")
+    return 0
+
+
+_KINDS = {
+    "launchers": "Launchers: deepspeed --module hetero_kt.launchers.NAME, or torchrun -m, srun python -m, python -m",
+    "ds_configs": "ZeRO blocks: --zero-config ds_configs/NAME.json",
+    "slurm": "Batch files for any launcher: copy one, then sbatch slurm/NAME",
+}
+_USES = {
+    ".py": "deepspeed {}",
+    ".json": "--zero-config {}",
+    ".sbatch": "sbatch {} LAUNCHER.py",
+}
+"""How a copied file is used, by its suffix."""
+
+
 def _sites(arguments: argparse.Namespace) -> int:
     from hetero_kt.checks import BERTS, XVLMS
     from hetero_kt.models import build
@@ -195,15 +243,14 @@ def _sites(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    launcher = Path(arguments.launcher)
-    if not launcher.is_file():
-        near = ", ".join(map(str, sorted(Path("launchers").glob("*.py")))) or "a launcher's path"
-        raise ValueError(f"plan: {launcher} does not exist: use {near}.")
+    from hetero_kt.shipped import find_launcher
+
+    launcher = find_launcher(arguments.launcher)
     if arguments.gpus < 1 or arguments.nodes < 1 or arguments.memory < 0:
         raise ValueError("plan: --gpus and --nodes are counts from 1 on, --memory is in GiB.")
     first_of_many = os.environ | {"RANK": "0", "WORLD_SIZE": str(arguments.gpus * arguments.nodes)}
     fits = ["--gpu-memory", str(arguments.memory)] if arguments.memory else []
-    command = [sys.executable, str(launcher), *arguments.options, "--plan", *fits]
+    command = [sys.executable, *launcher, *arguments.options, "--plan", *fits]
     return subprocess.run(command, check=False, env=first_of_many).returncode
 
 
@@ -237,7 +284,7 @@ def _table(arguments: argparse.Namespace) -> int:
         todo = start.starts(table, budget, fill(find())[0], seeds, output_dir)
         if arguments.commands:
             for one in todo:
-                print(shlex.join(one.words(output_dir, arguments.ranks, tables.launchers())))
+                print(shlex.join(one.words(output_dir, arguments.ranks)))
             return 0
         if arguments.slurm is not None:
             if arguments.ranks > 1:

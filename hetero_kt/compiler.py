@@ -10,12 +10,13 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from hetero_kt.config import Distill, MergeNet, Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 FORMS = 64
 """Compiled forms that torch keeps of one piece of code before it gives up; all modules share the code of their call."""
@@ -32,6 +33,8 @@ def compilable(recipe: Recipe) -> dict[str, str]:
 
 def compile_chosen(modules: Mapping[str, nn.Module], chosen: Collection[str]) -> None:
     """Compile those of `modules` whose names are `chosen`, at their first call."""
+    import torch
+
     for name, module in modules.items():
         if name in chosen:
             torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
@@ -40,21 +43,29 @@ def compile_chosen(modules: Mapping[str, nn.Module], chosen: Collection[str]) ->
 
 def forget() -> None:
     """Drop what earlier runs of this process have compiled: it belongs to modules that are gone."""
+    import torch
+
     torch._dynamo.reset()
 
 
 def on_compiling(told: Callable[[], None]) -> None:
     """Call `told` whenever something begins to be compiled, until `forget`."""
+    import torch._dynamo.callback
+
     torch._dynamo.callback.on_compile_start(lambda _: told())
 
 
 def as_written() -> AbstractContextManager[Any]:
     """A context in which nothing is compiled, and nothing compiled runs."""
+    import torch
+
     return torch.compiler.set_stance("force_eager")
 
 
 def check_compiler(device: torch.device | str) -> None:
     """Raise ValueError if this machine has nothing that torch.compile could make kernels with."""
+    import torch
+
     if torch.device(device).type == "cuda":
         from torch.utils._triton import has_triton
 

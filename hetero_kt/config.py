@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,6 @@ import yaml
 
 from hetero_kt.documents import MOST_YAML, parse_yaml, read_bytes
 from hetero_kt.messages import printable, shown
-from hetero_kt.nn.adapter import AdapterConfig
 
 Control = Literal["transfer", "none", "noise", "shuffled", "frozen", "standardise", "sharing"]
 """`transfer` is the method itself; the others are the controls that a gain has to beat, and `sharing` the paper's own
@@ -151,6 +151,21 @@ class Data:
     """Of sets of texts."""
 
 
+TEXTS = ("squad", "imdb", "pretraining")
+"""Names of sets of texts."""
+
+PAIRS = ("vqa", "captions")
+"""Names of sets of images with texts."""
+
+GENERATED = "generated"
+"""As `Text.tokenizer`: generated texts and their own words, for tests and `--debug`."""
+
+
+def root(data_dir: str) -> str:
+    """The folder with the data sets; empty takes the environment's HETERO_KT_DATA, then `data`."""
+    return data_dir or os.environ.get("HETERO_KT_DATA") or "data"
+
+
 @dataclass(frozen=True)
 class XVLM:
     """What X-VLM alone needs to be told."""
@@ -195,6 +210,51 @@ class Model:
     checkpointing: bool = False
     """Compute each stage or layer again in the backward instead of keeping its activations (distillation and X-VLM)."""
     xvlm: XVLM = field(default_factory=XVLM)
+
+
+FROM_SCRATCH = 0.12
+"""Where the gate starts for a target that is trained from scratch."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is made of; the defaults are ours, the published form is `width="published",
+    input="raw", output="layernorm"`."""
+
+    kind: Literal["lpka", "mlp", "aligned", "procrustes"] = "lpka"
+    """Attention over unfoldings (Eq. 6), two perceptrons (Eq. 2), or, along an axis that both matrices share, a learned
+    linear map or the nearest rotation."""
+    layers: int = 2
+    """Knowledge transfer layers (L)."""
+    heads: int = 8
+    width: Literal["compact", "published"] = "compact"
+    """`compact`: inner width 64 whatever the matrices; `published`: it grows with them (37.6M parameters for
+    160x960 <- 100x2048)."""
+    unfold: Literal["all", "individual"] = "all"
+    """All four row/column unfoldings, or (row, row) alone (Table 7, "Individual Attn")."""
+    weights: Literal["learned", "average"] = "learned"
+    """omega of Eq. 6: a learned softmax over the unfoldings, or their plain mean (Table 7, "Avg Attn")."""
+    joint: bool = False
+    """Layers update both streams (Eq. 3); otherwise every layer reads the source as it came."""
+    input: Literal["standardise", "raw"] = "standardise"
+    """Give source and target zero mean and unit variance first: raw weights (std about 0.02) leave the
+    attention uniform and the proposal blind to the source."""
+    output: Literal["restore", "mix", "layernorm"] = "restore"
+    """`restore`: the target's own row means and scales, mixed in by a learned gate; `mix`: the last stream as it is,
+    mixed in by that gate, which draws the target towards the source's own values; `layernorm`: the last stream
+    overwrites the target, as published (LPKA's ends in a LayerNorm, other kinds' is raw)."""
+    gate: float | Literal["auto"] = "auto"
+    """Where the learned mixing weight of `restore` starts: 0 proposes a pretrained target unchanged, 0.12 lets the
+    source take part from the start; `auto` is 0 for a recipe's pretrained targets and 0.12 for others."""
+    hold: bool = False
+    """The gate stays where it starts, whatever else the adapter learns."""
+    dropout: float = 0.1
+    """On attention probabilities."""
+    ff_dropout: float = 0.2
+
+    def first_gate(self) -> float:
+        """`gate` as a number."""
+        return FROM_SCRATCH if self.gate == "auto" else self.gate
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-
-from torch import nn
+from typing import Any
 
 from hetero_kt.checks import BERTS, largest_divisor, split_site
-from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe, Text, Transfer
-from hetero_kt.data import GENERATED, PAIRS, TEXTS
-from hetero_kt.models import build
-from hetero_kt.models.teacher import RANDOM, RUN
-from hetero_kt.nn.reencode import list_weights
+from hetero_kt.config import GENERATED, PAIRS, TEXTS, Data, Distill, MergeNet, Model, Recipe, Text, Transfer
 
 DEBUG_STEPS = 4
 DEBUG_BATCH = 8
@@ -104,6 +99,8 @@ def debugged(name: str) -> str:
 def _tiny_method(recipe: Recipe, models: Mapping[str, Model], before: Collection[str]) -> MergeNet | Distill:
     if isinstance(recipe.method, MergeNet):
         return replace(recipe.method, transfers=_tiny_transfers(recipe, recipe.method, models))
+    from hetero_kt.models.teacher import RANDOM, RUN
+
     teachers = {}
     for name, teacher in recipe.method.teachers.items():
         init = debugged(teacher.init) if teacher.init.removeprefix(RUN) in before else RANDOM
@@ -138,6 +135,8 @@ def _tiny_transfers(recipe: Recipe, method: MergeNet, models: Mapping[str, Model
 
 def _tiny_weight(tiny: Model, weight: str, taken: set[str], model: str) -> str:
     """The tiny model's weight that stands for `weight`; `tiny.data` is the name of a data set."""
+    from hetero_kt.nn.reencode import list_weights
+
     names = [info.name for info in list_weights(_built(tiny))]
     if weight in names:
         return weight
@@ -153,12 +152,14 @@ def _unnumbered(weight: str) -> list[str]:
     return [part for part in weight.split(".") if not part.isdecimal()]
 
 
-def _built(tiny: Model) -> nn.Module:
+def _built(tiny: Model) -> Any:
     if tiny.data in PAIRS:
         from hetero_kt.models import xvlm
 
         return xvlm.build(tiny.name, xvlm.TASKS[tiny.data], vocabulary=64, image_size=TINY_WORLD)[0]
     if tiny.data not in TEXTS:
+        from hetero_kt.models import build
+
         return build(tiny.name, 10)
     from hetero_kt.models import bert
 

@@ -12,18 +12,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from hetero_kt import data
+from hetero_kt import data, provenance
 from hetero_kt.checks import zero_block
 from hetero_kt.config import Recipe, differences, read_recipe, to_yaml
 from hetero_kt.distributed import layout
@@ -223,8 +221,9 @@ def write_result(recipe: Recipe, folder: Path, trainer: Trainer, measured: Mappi
         "world_size": trainer.ranks.world,
         "device": torch.cuda.get_device_name() if trainer.ranks.device.type == "cuda" else "cpu",
         "zero_stage": {name: zero_block(model.zero)["stage"] for name, model in recipe.models.items()},
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "timm")},
-        "commit": commit(),
+        "versions": provenance.versions(),
+        "commit": provenance.own_commit(),
+        "user_commit": provenance.user_commit(),
         "command": " ".join([Path(sys.executable).name, sys.argv[0], *without_local_rank(sys.argv[1:])]),
         **measured,
     }
@@ -232,14 +231,3 @@ def write_result(recipe: Recipe, folder: Path, trainer: Trainer, measured: Mappi
         _write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise Unwritable(folder / "result.json", error) from error
-
-
-def commit() -> str:
-    """The checkout's commit, with a + when tracked files were changed; empty outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

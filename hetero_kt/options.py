@@ -17,12 +17,9 @@ from typing import Annotated, NoReturn
 import tyro
 
 from hetero_kt.checks import check, zero_block
-from hetero_kt.config import Data, Distill, MergeNet, Recipe, Teacher, nearest, read_recipe, to_yaml
-from hetero_kt.data import PAIRS, root
-from hetero_kt.debug import shrink
+from hetero_kt.config import PAIRS, Data, Distill, MergeNet, Recipe, Teacher, nearest, read_recipe, root, to_yaml
 from hetero_kt.distributed.environment import likely_rank, place
-from hetero_kt.models import known
-from hetero_kt.models.teacher import weights_of
+from hetero_kt.models import is_known, known
 
 Variants = Mapping[str, Callable[[], Recipe]]
 
@@ -67,6 +64,8 @@ class Options:
     """Run these arms too (controls, baselines), in the same process group, and print the comparison."""
     seeds: tuple[int, ...] = ()
     """Run every one of these seeds; empty runs the recipe's own."""
+    unfinished: tyro.conf.Suppress[bool] = False
+    """`--unfinished`, which the batch files give: print the runs that have no result yet, and train nothing."""
     first: tuple[str, ...] = ()
     """Run these variants before, unless they are finished: the teachers that this one names as `run:RECIPE`."""
 
@@ -134,6 +133,8 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
     if not isinstance(variants, Mapping):
         variants = {"default": variants}
     arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
+    unfinished = "--unfinished" in arguments
+    arguments = [argument for argument in arguments if argument != "--unfinished"]
     variant = _value_of("--variant", arguments) or next(iter(variants))
     if variant not in variants:
         raise ValueError(f"--variant {variant} is unknown: use {nearest(variant, variants)}.")
@@ -142,7 +143,7 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
     parsed = tyro.cli(
         _CommandLine,
         args=arguments,
-        default=_CommandLine(base, Options(variant=variant)),
+        default=_CommandLine(base, Options(variant=variant, unfinished=unfinished)),
         description=_about(variants, base),
         config=(tyro.conf.AvoidSubcommands,),  # the recipe has chosen its method
         console_outputs=is_first_rank(),
@@ -170,6 +171,8 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
     _, world = place()
     check_options(options)
     if options.debug:
+        from hetero_kt.debug import shrink
+
         recipe = shrink(recipe, world, [variants[name]().name for name in options.first if name in variants])
         # Four steps are not worth resuming: a second try would find the first one finished and do nothing.
         options = replace(options, resume="never") if options.resume == "auto" else options
@@ -207,10 +210,10 @@ def _taught_by(recipe: Recipe, given: Sequence[str], variants: Variants) -> Dist
             to_come[f"run:{one.name}"] = next(iter(one.models.values())).name
     teachers = {}
     for i, init in enumerate(given):
-        if init in (names := known()):
+        if is_known(init):
             chosen = replace(like, name=init, init="", pretrained=True)
         elif init.startswith(("timm:", "cifar:")):
-            raise ValueError(f"--teacher {init} is no model: use {nearest(init, names)}.")
+            raise ValueError(f"--teacher {init} is no model: use {nearest(init, known())}.")
         else:
             name = _model_of(init, recipe.output_dir) or to_come.get(init, like.name)
             chosen = replace(like, name=name, init=init, pretrained=False)
@@ -220,6 +223,8 @@ def _taught_by(recipe: Recipe, given: Sequence[str], variants: Variants) -> Dist
 
 def _model_of(init: str, output_dir: str) -> str:
     """The name of the model whose weights a finished run has left; empty where nothing says."""
+    from hetero_kt.models.teacher import weights_of
+
     try:
         file = weights_of(init, "--teacher", output_dir)
     except ValueError:  # said again, with its option, once it is clear what trains before
@@ -265,6 +270,8 @@ def runs_before(recipe: Recipe, options: Options, variants: Variants | Callable[
     before: list[Recipe] = []
     for i, one in reversed(list(enumerate(makes))):
         if options.debug:
+            from hetero_kt.debug import shrink
+
             one = shrink(one, place()[1], [earlier.name for earlier in makes[:i]])
         models = dict(one.models)
         for student in (*before, recipe):  # a teacher's teacher sees the student's pictures too

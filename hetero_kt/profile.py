@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, record_function
 
 Part = Literal["data", "teacher", "forward", "backward", "optimizer", "gather", "adapter", "logging"]
@@ -87,6 +85,9 @@ def table(events: Iterable[Any]) -> str:
     """Milliseconds of each part of a step, and what share of it."""
     found, steps = times(events)
     with_device = any(device for _, device in found.values())
+    from rich.console import Console
+    from rich.table import Table
+
     drawn = Table(title=f"where a step's time goes (mean of {steps} steps)", title_justify="left")
     drawn.add_column("part")
     for heading in ("ms", "%", *(("ms on the GPU",) if with_device else ())):

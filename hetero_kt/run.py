@@ -1,16 +1,16 @@
-"""Recipe -> models -> engines -> method -> trainer. Start reading here.
+"""One run: recipe -> models -> engines -> method -> trainer. Start reading here.
 
-main(VARIANTS)         what a launcher calls: parse the command line, then one run, or a comparison of runs
 run(recipe, ...)       one run in its folder <output_dir>/<name>/<control>/seed<k>
+
+`hetero_kt.start.main` is what a launcher calls: it reads the command line, then calls `run` once, or for each run of a
+comparison.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hetero_kt import parts, plan, report
+from hetero_kt import parts
 from hetero_kt.checks import check
 from hetero_kt.compiler import on_compiling
-from hetero_kt.config import Recipe, flat
-from hetero_kt.data import Loader, Unreadable
-from hetero_kt.distributed import launch, layout
-from hetero_kt.distributed.agreement import Unwritable, UserError, agreed
+from hetero_kt.config import Recipe
+from hetero_kt.data import Loader
+from hetero_kt.distributed import layout
+from hetero_kt.distributed.agreement import agreed
 from hetero_kt.distributed.heartbeat import Heartbeat
 from hetero_kt.distributed.launch import Ranks, StopSignal
-from hetero_kt.distributed.meeting import NoMeeting
 from hetero_kt.folder import (
     check_same_data,
     check_same_everywhere,
@@ -38,57 +37,12 @@ from hetero_kt.folder import (
     run_folder,
     write_result,
 )
-from hetero_kt.methods import Diverged
-from hetero_kt.options import Options, leave, parse, runs, runs_before
+from hetero_kt.options import Options
 from hetero_kt.profile import profiled
+from hetero_kt.start import main
 from hetero_kt.trainer import Trainer
 
-FRESH = Options()
-"""How the variants of `--first` run: to their end, from where they stopped."""
-
-
-def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
-    """A launcher's one call. Wrong input ends it with one sentence, on the first rank, before any engine starts."""
-    recipe, options = parse(variants)
-    try:
-        if options.plan:
-            rank, world = launch.place()
-            if rank == 0:
-                plan.show(recipe, world, options.gpu_memory)
-            return
-        if options.deterministic:
-            launch.make_deterministic()
-        runs_before(recipe, options, variants)  # a misspelt name ends here, not after the process group has met
-        ranks, stop = launch.start(agreed_on(recipe, options)), StopSignal()
-        torch.autograd.set_detect_anomaly(options.debug)
-    except ValueError as error:
-        leave(error, status=1 if isinstance(error, NoMeeting) else 2, alone=True)
-    try:
-        how = replace(FRESH, resume="never") if options.debug else FRESH
-        teachers = [(one, how) for one in runs_before(recipe, options, variants)]
-        wanted = [(one, options) for one in runs(recipe, options)]
-        with agreed():  # hours of a teacher's training before a complaint about its student would be unkind
-            for one in {one.method.arm: one for one, _ in wanted}.values():
-                parts.check_pairs(one, {made.name for made, _ in teachers})
-        with Heartbeat(ranks, options.patience) as pulse:
-            finished = all(run(one, how, ranks, stop, pulse) for one, how in (*teachers, *wanted))
-            pulse.long("leaving")
-            dist.barrier()
-    except (UserError, Diverged) as error:
-        # All ranks are here. After an error of one rank only, leaving the group would wait for the others.
-        dist.destroy_process_group()
-        leave(error, status=1 if isinstance(error, Diverged) else 2)
-    except (Unreadable, Unwritable) as error:  # of this rank only: whoever started the ranks ends the others
-        leave(error, alone=True)
-    dist.destroy_process_group()
-    if finished and ranks.first:
-        report.finish(Path(recipe.output_dir) / recipe.name)
-
-
-def agreed_on(recipe: Recipe, options: Options) -> dict[str, str]:
-    """What every rank has to be started with. Data may lie elsewhere on each node: what it holds is compared later."""
-    fields = {**flat(recipe), **dataclasses.asdict(options)}
-    return {f"--{path.replace('_', '-')}": str(value) for path, value in fields.items() if path != "data_dir"}
+__all__ = ["main", "run"]
 
 
 def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal, pulse: Heartbeat | None = None) -> bool:

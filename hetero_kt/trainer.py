@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,6 +23,9 @@ from hetero_kt.log import Log
 from hetero_kt.methods import Diverged, Method
 from hetero_kt.nn.reencode import plain_state_dict
 from hetero_kt.profile import part
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 NOT_FINITE = 3
 """Intervals of the log with a loss that is NaN or infinite after which a run is given up, without a checkpoint."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
+from hetero_kt.distributed import load_deepspeed
 from hetero_kt.messages import first_line
 
 OFFLOADS = {"offload_param": 3, "offload_optimizer": 1}
@@ -58,6 +59,7 @@ def resolve(block: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     if set(block) == {"stage"}:  # most blocks: nothing to ask, and DeepSpeed takes seconds to import
         return dict(block)
+    load_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 

@@ -17,9 +17,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer
-from hetero_kt.nn.adapter import AdapterConfig
-from hetero_kt.run import main
+from hetero_kt import main
+from hetero_kt.config import AdapterConfig, Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer
 
 ADAPTER = AdapterConfig(heads=12)
 ANSWERING = Optim("adamw", lr=5e-5, weight_decay=1e-5, clip=1.0)

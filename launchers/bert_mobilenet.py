@@ -7,9 +7,8 @@ Hardware: one GPU with 24 GB; about 14 hours a run (an estimate).
 Expected: MobileNetV2's top-1 63.87 -> 65.96, BERT's EM/F1 70.17/73.06 -> 71.49/74.85.
 """
 
-from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
-from hetero_kt.nn.adapter import AdapterConfig
-from hetero_kt.run import main
+from hetero_kt import main
+from hetero_kt.config import AdapterConfig, Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
 
 EPOCH = 390  # steps of 128 pictures
 ANSWERING = Optim("adamw", lr=5e-5, weight_decay=1e-5, clip=1.0)

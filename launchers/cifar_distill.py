@@ -21,8 +21,8 @@ Expected: MobileNetV2 63.87 alone, 64.32 (KD), 65.48 (RKD), 65.23 (DKD), 65.09 (
 from dataclasses import replace
 from functools import partial
 
+from hetero_kt import main
 from hetero_kt.config import Data, Distill, Model, Optim, Recipe, Schedule, Teacher
-from hetero_kt.run import main
 
 EPOCH = 390  # steps of 128 rows
 

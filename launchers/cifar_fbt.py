@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from hetero_kt import main
 from hetero_kt.config import FBT, Data, Distill, Mix, Model, Optim, Recipe, Schedule, Teacher, Transform
-from hetero_kt.run import main
 
 EPOCH, TOKENS_EPOCH = 48, 97  # steps of 1,024 rows, and of 512
 SGD = Optim("sgd", lr=0.1, weight_decay=2e-3)

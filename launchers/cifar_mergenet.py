@@ -15,9 +15,8 @@ Expected: the paper has top-1 63.87 -> 66.51 (MobileNetV2) and 68.11 -> 69.84 (R
 
 from dataclasses import replace
 
-from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
-from hetero_kt.nn.adapter import AdapterConfig
-from hetero_kt.run import main
+from hetero_kt import main
+from hetero_kt.config import AdapterConfig, Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
 
 EPOCH = 390  # steps of 128 rows: the loader drops the last 80 of 50,000 samples
 ADAPTER = Optim("adamw", lr=1e-3, weight_decay=1e-2, clip=50.0)

@@ -15,8 +15,8 @@ Expected: Swin-T -> ResNet18 72.21 (KD 71.14, OFA 71.76); ConvNeXt-T -> DeiT-T 7
 
 from dataclasses import replace
 
+from hetero_kt import main
 from hetero_kt.config import FBT, OFA, Data, Distill, Mix, Model, Optim, Recipe, Schedule, Teacher, Transform
-from hetero_kt.run import main
 
 EPOCH = 2502  # steps of 512 rows
 

@@ -14,9 +14,8 @@ Expected: `layers` ends where the source ends, far above `none`; how far down th
 from dataclasses import replace
 from functools import partial
 
-from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
-from hetero_kt.nn.adapter import AdapterConfig
-from hetero_kt.run import main
+from hetero_kt import main
+from hetero_kt.config import AdapterConfig, Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
 
 CLASSIFIER = "fc.weight"
 MATRICES = (

@@ -13,9 +13,8 @@ Expected: the paper has top-1 63.87 alone, then 63.51, 64.02, 64.42 and 66.48 wi
 from dataclasses import replace
 from functools import partial
 
-from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
-from hetero_kt.nn.adapter import AdapterConfig
-from hetero_kt.run import main
+from hetero_kt import main
+from hetero_kt.config import AdapterConfig, Data, MergeNet, Model, Optim, Recipe, Schedule, Transfer
 
 EPOCH = 390  # steps of 128 rows: the loader drops the last 80 of 50,000 samples
 PROJECTIONS = {

@@ -17,10 +17,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from hetero_kt.config import XVLM, Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer, Transform
+from hetero_kt import main
+from hetero_kt.config import (
+    XVLM,
+    AdapterConfig,
+    Data,
+    MergeNet,
+    Model,
+    Optim,
+    Recipe,
+    Schedule,
+    Text,
+    Transfer,
+    Transform,
+)
 from hetero_kt.models import modality_values
-from hetero_kt.nn.adapter import AdapterConfig
-from hetero_kt.run import main
 
 PICTURES = Transform(scale=(0.5, 1.0), flip=0.5, rand_augment="rand-m7-n2-mstd0.5", squash=True)
 CAPTIONS = Data(

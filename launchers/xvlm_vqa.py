@@ -18,10 +18,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from hetero_kt.config import XVLM, Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer, Transform
+from hetero_kt import main
+from hetero_kt.config import (
+    XVLM,
+    AdapterConfig,
+    Data,
+    MergeNet,
+    Model,
+    Optim,
+    Recipe,
+    Schedule,
+    Text,
+    Transfer,
+    Transform,
+)
 from hetero_kt.models import modality_values
-from hetero_kt.nn.adapter import AdapterConfig
-from hetero_kt.run import main
 
 PICTURES = Transform(scale=(0.5, 1.0), flip=0.0, rand_augment="rand-m7-n2-mstd0.5", squash=True)
 VQA = Data("vqa", folder="vqa_v2", fraction=0.1, batch=16, image_size=384, text=Text(length=40), transform=PICTURES)

@@ -24,7 +24,6 @@ say() { echo "== $(date +%FT%T) job $job, start $((restart + 1)): $*"; }
 
 # To be read in this order: where we are, what runs here, who meets where.
 [[ $# -gt 0 ]] || refuse "no launcher: give one, as in sbatch --nodes 1 slurm/train.sbatch launchers/cifar_mergenet.py."
-[[ -f slurm/unfinished.py ]] || refuse "$PWD is no checkout of hetero_kt: call sbatch in the checkout, or with --chdir."
 if [[ -n ${SETUP:-} ]]; then
     set +u # what others have written may use unset variables
     # shellcheck disable=SC1090
@@ -54,8 +53,17 @@ launch=("$@")
 # It goes on where it was, also if its first start was to begin anew, or from another run's checkpoint.
 [[ $restart -eq 0 ]] || launch+=(--resume auto)
 
-# The runs of this command that have no result yet, a line each, with the step of their newest checkpoint.
-unfinished() { RANK=0 WORLD_SIZE=$world "${container[@]}" python slurm/unfinished.py "${launch[@]}"; }
+# The runs of this command that have no result yet, a line each, with the step of their newest checkpoint. The launcher
+# itself says so. The line that counts them shows that it has answered and did not train.
+unfinished() {
+    local said
+    said=$(RANK=0 WORLD_SIZE=$world "${container[@]}" python "${launch[@]}" --unfinished) || return
+    if ! grep -q '^unfinished runs: [0-9]' <<<"$said"; then
+        echo "error: ${launch[*]} does not say which of its runs are unfinished: it has to call hetero_kt's main()." >&2
+        return 2
+    fi
+    sed -n 's/^unfinished: //p' <<<"$said"
+}
 
 told=""      # USR1: save and go on later. TERM: somebody ends this job, who knows whether it comes back.
 reminder=""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hetero_kt.nn.adapter import AdapterConfig
+from hetero_kt.config import AdapterConfig
 from hetero_kt.nn.reencode import factorise
 
 CLASSES = 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -102,12 +103,23 @@ def test_plan_runs_the_launcher_with_its_options(tmp_path: Path, capfd: pytest.C
     assert stop.value.code == 1
 
 
-def test_plan_of_a_missing_launcher_names_those_here(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
-    said = fails(capsys, "plan", "launchers/cifar.py")
-    assert said.startswith("error: plan: launchers/cifar.py does not exist: use launchers/bert_cross_task.py")
+def test_plan_of_a_missing_launcher_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "plan", "launchers/cifar_fbd.py")
+    assert said.startswith("error: launcher launchers/cifar_fbd.py does not exist: give a file, or one of those ")
+    assert "installed: cifar_fbt" in said
+
+
+def test_plan_finds_an_installed_launcher_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    started: list[list[str]] = []
+
+    def note(words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        started.append(words)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(cli.subprocess, "run", note)
+    cli.main(["plan", "xvlm_vqa", "--variant", "world"])
+    assert started[0][1:] == ["-m", "hetero_kt.launchers.xvlm_vqa", "--variant", "world", "--plan"]
 
 
 def test_help_lists_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +128,7 @@ def test_help_lists_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
     assert not stop.value.code
     text = capsys.readouterr().out
     assert [line.split()[0] for line in text.splitlines() if line.startswith("    ")] == [
+        "recipes",
         "sites",
         "plan",
         "table",

@@ -13,11 +13,10 @@ from small import CLASSES, PLAIN, SITES, Convolutions, Perceptron, batch, build_
 from test_mergenet import OPTIMS, STEPS, assert_close, mutual, reference, train
 from torch import Tensor, nn
 
-from hetero_kt.config import Optim, Schedule
+from hetero_kt.config import AdapterConfig, Optim, Schedule
 from hetero_kt.distributed import params
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.methods.mergenet import Exchange, Site, Transfer, TransferDiverged
-from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.reencode import factor_parameter, factorise, split_svd
 
 ALIGNED = AdapterConfig(kind="aligned")

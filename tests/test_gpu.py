@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from hetero_kt import compiler, config, data, models
 from hetero_kt.config import Optim
 from hetero_kt.distributed import params
-from hetero_kt.distributed.engine import build_engine, build_optimizer
+from hetero_kt.distributed.engine import build_engine
 from hetero_kt.methods.mergenet import Exchange, Site, Transfer
 from hetero_kt.models.teacher import RANDOM, Frozen, build_teacher
+from hetero_kt.optimizer import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 ON = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

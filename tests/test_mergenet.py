@@ -13,13 +13,13 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from small import PLAIN, SITES, batch, build_pair, loss, zero
 from torch import Tensor, nn
 
-from hetero_kt.config import Optim, Schedule
+from hetero_kt.config import AdapterConfig, Optim, Schedule
 from hetero_kt.distributed import params
-from hetero_kt.distributed.engine import build_engine, build_schedule
+from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.learner import Learner
 from hetero_kt.methods.mergenet import Exchange, MergeNet, Site, Transfer
-from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.reencode import factor_parameter
+from hetero_kt.optimizer import Rates
 
 STEPS = 10  # with cycle 4, transfers at 0, 4 and 8
 OPTIMS = {
@@ -143,7 +143,7 @@ def train(
     )
     exchange = Exchange(mutual(engines, adapter, optim.name, update=update), control=control)
     learners = {
-        name: Learner(engine, build_schedule(engine.optimizer, Schedule(name="constant"), STEPS))
+        name: Learner(engine, Rates(engine.optimizer, Schedule(name="constant"), STEPS))
         for name, engine in engines.items()
     }
     method = MergeNet(learners, exchange, dict.fromkeys(engines, loss))

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_kt import checks, config, debug, options
-from hetero_kt.config import Data, Distill, MergeNet, Model, Optim, Recipe, Schedule, Teacher, Transfer
-from hetero_kt.nn.adapter import AdapterConfig
+from hetero_kt.config import AdapterConfig, Data, Distill, MergeNet, Model, Optim, Recipe, Schedule, Teacher, Transfer
 from hetero_kt.options import Options
 
 ZERO = Path(__file__).parents[1] / "ds_configs"

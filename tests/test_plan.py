@@ -14,12 +14,24 @@ from test_launchers import LAUNCHERS, load
 
 from hetero_kt import data, models, parts, plan
 from hetero_kt import run as running
-from hetero_kt.config import CRD, FBT, Data, Distill, FitNet, MergeNet, Model, Optim, Recipe, Teacher, Transfer
+from hetero_kt.config import (
+    CRD,
+    FBT,
+    AdapterConfig,
+    Data,
+    Distill,
+    FitNet,
+    MergeNet,
+    Model,
+    Optim,
+    Recipe,
+    Teacher,
+    Transfer,
+)
 from hetero_kt.cost import additions, aside_cost, crd_bytes, model_cost, sent_bytes, teacher_stages, transfer_cost
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.launch import Ranks
-from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.losses.memory import Memory
 from hetero_kt.nn.stages import Stages, split
 from hetero_kt.options import without_local_rank

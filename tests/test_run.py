@@ -64,7 +64,7 @@ def test_the_run_folder_holds_what_it_promises(ranks: Any, tmp_path: Path) -> No
         **{"steps": STEPS, "world_size": 2, "device": "cpu"},
     }
     assert result["zero_stage"] == {"resnet": 1, "mobilenetv2": 1}
-    assert result["versions"].keys() == {"torch", "deepspeed", "timm"}
+    assert result["versions"].keys() == {"hetero_kt", "python", "torch", "deepspeed", "timm", "transformers"}
     assert result["wall_seconds"] > 0
     assert isinstance(result["commit"], str)
     assert isinstance(result["command"], str)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from hetero_kt import checks
 from hetero_kt.config import Optim, Schedule
 from hetero_kt.distributed import params
-from hetero_kt.distributed.engine import build_engine, build_schedule
+from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.learner import Learner
 from hetero_kt.methods.mergenet import Exchange, MergeNet, Site, Transfer
 from hetero_kt.methods.sharing import Sharing
+from hetero_kt.optimizer import Rates
 from hetero_kt.options import Options
 
 STEPS = 6
@@ -114,7 +115,7 @@ def train(stage: int, optim: Optim, precision: str = "fp32", until: int = 0) -> 
         for name, model in build_pair(factor=False, batch_norm=precision == "fp32").items()
     }
     constant = Schedule(name="constant")
-    learners = {n: Learner(e, build_schedule(e.optimizer, constant, STEPS)) for n, e in engines.items()}
+    learners = {n: Learner(e, Rates(e.optimizer, constant, STEPS)) for n, e in engines.items()}
     sharing = shared(engines, until)
     method = MergeNet(learners, sharing, dict.fromkeys(engines, loss))
     logs = []

@@ -22,7 +22,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hetero_kt import start
+
 ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BATCH_FILES = ("train", "deepspeed_train", "array")
 
 # --- stand-ins ---
@@ -39,9 +42,15 @@ case $1 in
 esac
 """
 SCANCEL = '#!/bin/bash\necho "scancel $*" >> calls\n'
-UNFINISHED = (
-    'import pathlib, sys\nprint(pathlib.Path("left").read_text(), end="")\nsys.exit(pathlib.Path("bad").exists())\n'
-)
+LAUNCHER_THAT_ANSWERS = """import pathlib, sys
+assert sys.argv[-1] == "--unfinished"
+print("a line that the user's own module prints")
+lines = pathlib.Path("left").read_text().splitlines()
+for line in lines:
+    print("unfinished:", line)
+print("unfinished runs:", len(lines))
+sys.exit(pathlib.Path("bad").exists())
+"""
 
 
 @pytest.fixture
@@ -51,14 +60,16 @@ def submit(tmp_path: Path) -> Callable[..., tuple[int, str, list[str]]]:
     Gives (exit status, what it printed, calls of Slurm's commands).
     """
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
-    (tmp_path / "slurm" / "unfinished.py").write_text(UNFINISHED)
+    (tmp_path / "launchers").mkdir()
+    (tmp_path / "launchers" / "x.py").write_text(LAUNCHER_THAT_ANSWERS)
     (tmp_path / "left").write_text("runs/a/none/seed0 5\n")
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, text in (("srun", STEP), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
-    (commands / "python").symlink_to(sys.executable)
+    (commands / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')  # a link would leave its venv
+    (commands / "python").chmod(0o755)
 
     def start(
         batch_file: str, *arguments: str, srun: str = "true", restart: int = 0, **environment: str
@@ -213,15 +224,18 @@ def test_an_array_runs_every_seed_with_every_arm(submit: Callable[..., tuple[int
 
 
 def test_unfinished_runs_are_those_that_the_launcher_would_still_train(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main = runpy.run_path(str(ROOT / "slurm" / "unfinished.py"))["main"]
-    command = (str(ROOT / LAUNCHER), "--variant", "digits", "--steps", "8", "--output-dir", str(tmp_path))
-    command += ("--compare", "none", "--seeds", "3", "5")
+    variants = runpy.run_path(str(ROOT / LAUNCHER))["VARIANTS"]
+    command = ("--variant", "digits", "--steps", "8", "--output-dir", str(tmp_path))
+    command += ("--compare", "none", "--seeds", "3", "5", "--unfinished")
 
     def left(*more: str) -> list[str]:
-        main(*command, *more)
-        return capsys.readouterr().out.splitlines()
+        monkeypatch.setattr(sys, "argv", ["launcher.py", *command, *more])
+        start.main(variants)
+        *lines, count = capsys.readouterr().out.splitlines()
+        assert count == f"unfinished runs: {len(lines)}"
+        return [line.removeprefix("unfinished: ") for line in lines]
 
     runs = [tmp_path / "digits_mergenet" / arm / f"seed{seed}" for seed in (3, 5) for arm in ("transfer", "none")]
     assert left() == [f"{run} 0" for run in runs]
@@ -236,9 +250,64 @@ def test_unfinished_runs_are_those_that_the_launcher_would_still_train(
     for run in runs:
         (run / "result.json").write_text('{"steps": 8}')
     assert left("--resume", "never", "--resume", "auto") == []  # what a restart adds wins
-    for option in ("--print", "--plan"):
-        with pytest.raises(ValueError, match="without Slurm"):
-            main(*command, option)
+
+
+OWN_LAUNCHER = """
+import beside
+from hetero_kt import main
+
+print("loaded")
+main(beside.VARIANTS)
+"""
+
+
+def test_a_users_own_launcher_with_a_module_beside_it_answers(
+    submit: Callable[..., tuple[int, str, list[str]]], tmp_path: Path
+) -> None:
+    """The README's form: no VARIANTS in the file itself, and an import of a neighbour."""
+    recipe = re.search(r"^def default.*?return Recipe[^\n]*\n", README, re.MULTILINE | re.DOTALL)
+    assert recipe is not None
+    imports = "from hetero_kt import Data, MergeNet, Model, Optim, Recipe, Transfer\n"
+    (tmp_path / "beside.py").write_text(f"{imports}\n\n{recipe.group()}\n\nVARIANTS = {{'default': default}}\n")
+    (tmp_path / "mine.py").write_text(OWN_LAUNCHER)
+    _, said, calls = submit("train", "mine.py", srun="exit 2")
+    assert "digits_mutual/transfer/seed0" not in said, "refused by status 2, which says nothing of runs"
+    assert calls
+    assert calls[0].endswith("python -u mine.py")
+    (tmp_path / "runs" / "digits_mutual" / "transfer" / "seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "digits_mutual" / "transfer" / "seed0" / "result.json").write_text('{"steps": 40}')
+    ended, said, calls = submit("train", "mine.py", srun="exit 2")
+    assert ended == 0
+    assert "every run is finished" in said
+    assert not calls
+
+
+def test_a_file_that_does_not_call_main_is_refused_and_not_taken_for_finished(
+    submit: Callable[..., tuple[int, str, list[str]]], tmp_path: Path
+) -> None:
+    (tmp_path / "other.py").write_text("print('hello')\n")
+    ended, said, calls = submit("train", "other.py")
+    assert ended == 2
+    assert not calls
+    assert "other.py does not say which of its runs are unfinished: it has to call hetero_kt's main()." in said
+
+
+def test_an_installed_launcher_starts_by_its_module(submit: Callable[..., tuple[int, str, list[str]]]) -> None:
+    module = ("-m", "hetero_kt.launchers.cifar_mergenet", "--debug")
+    _, said, calls = submit("train", *module, srun="exit 2")
+    assert calls, said
+    assert calls[0].endswith("python -u -m hetero_kt.launchers.cifar_mergenet --debug")
+    _, _, calls = submit("deepspeed_train", *module, srun="exit 2", SLOTS="1")
+    assert calls[0].endswith("--module hetero_kt.launchers.cifar_mergenet --debug")
+
+
+def test_a_folder_without_the_batch_files_says_where_to_call_sbatch(
+    submit: Callable[..., tuple[int, str, list[str]]], tmp_path: Path
+) -> None:
+    (tmp_path / "slurm" / "job.sh").unlink()
+    ended, said, _ = submit("train", "launchers/x.py")
+    assert ended == 2
+    assert "has no slurm/job.sh: call sbatch in the folder that has it, or with --chdir." in said
 
 
 # --- a real Slurm ---

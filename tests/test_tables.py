@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hetero_kt import cli, report, tables
+from hetero_kt import cli, report, shipped, tables
 from hetero_kt.config import Distill, Recipe, differences, to_yaml
 from hetero_kt.folder import run_folder
 from hetero_kt.report import runs as folders
@@ -467,6 +467,7 @@ printf '%s\\n' "$PWD" "$@" >> "$CALLS"; echo "--" >> "$CALLS"
 [[ -z ${REFUSE:-} || $(grep -cx -- -- "$CALLS") -lt 2 ]] || { echo "Invalid qos" >&2; exit 1; }
 echo "$((100 + $(grep -cx -- -- "$CALLS")));cluster"
 """
+ARRAY = str(shipped.folder("slurm") / "array.sbatch")
 SQUEUE = '#!/bin/bash\ncat "$QUEUE"\n'
 
 
@@ -505,13 +506,13 @@ def test_arrays_are_submitted_and_students_wait_for_their_teacher(
         "digits_distill/none: job 102, seeds 0 1 2, after 101",
         "digits_distill/kd: job 103, seeds 0 2, after 101",
     ]
-    checkout = str(Path(__file__).resolve().parents[1])
-    assert teacher[:4] == [checkout, "--parsable", "--job-name=digits_distill_teacher/none", "--array=0-0"]
+    here = str(Path.cwd())
+    assert teacher[:4] == [here, "--parsable", "--job-name=digits_distill_teacher/none", "--array=0-0"]
     assert not any("dependency" in word for word in teacher)
     assert kd == [
-        *(checkout, "--parsable", "--job-name=digits_distill/kd", "--array=0-1"),
+        *(here, "--parsable", "--job-name=digits_distill/kd", "--array=0-1"),
         *("--dependency=afterok:101", "--kill-on-invalid-dep=yes", "--gpus-per-node", "1", "--time", "2:00:00"),
-        *("slurm/array.sbatch", "0 2", "kd", "launchers/cifar_distill.py", "--variant", "digits", "--method", "kd"),
+        *(ARRAY, "0 2", "kd", "launchers/cifar_distill.py", "--variant", "digits", "--method", "kd"),
         *("--teacher", "run:digits_distill_teacher", "--output-dir", str(out)),
     ]
     assert alone[3] == "--array=0-2"
@@ -522,7 +523,7 @@ def test_what_an_array_starts_is_the_run_that_is_missing(slurm: Path, tmp_path: 
     """The words behind the batch file mean the same recipe to it as the row means to the table."""
     cli.main(["table", "mergenet-1", "--seeds", "2", "--output-dir", str(tmp_path / "out"), "--slurm"])
     *_, kd = called(slurm)
-    at = kd.index("slurm/array.sbatch")
+    at = kd.index(ARRAY)
     seeds, arms, launcher, *options = kd[at + 1 :]
     # As array.sbatch puts them together.
     command = tables.Command(Path(launcher).stem, (*options, "--seed", seeds.split()[1], "--control", arms.split()[0]))

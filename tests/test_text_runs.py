@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForQuestionAnswering, DistilBertForSequenceClassification
 
 from hetero_kt import checks, data, parts
-from hetero_kt.config import Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer
+from hetero_kt.config import AdapterConfig, Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer
 from hetero_kt.distributed import params
 from hetero_kt.distributed.learner import build_learner
 from hetero_kt.export import write
@@ -24,7 +24,6 @@ from hetero_kt.folder import run_folder
 from hetero_kt.methods import mergenet
 from hetero_kt.methods.mergenet import Exchange, Site
 from hetero_kt.models import bert
-from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.reencode import factorise
 from hetero_kt.options import Options
 from hetero_kt.tasks import Task, task_of

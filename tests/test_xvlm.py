@@ -171,7 +171,7 @@ def test_weights_that_take_part_in_transfers_are_listed(task):
 @pytest.mark.parametrize("name", ["xvlm:tiny", "xvlm:swin"])
 def test_class_token_position_tables_and_temperature_do_not_decay(name, decay_all):
     from hetero_kt.config import Optim
-    from hetero_kt.distributed.engine import build_optimizer
+    from hetero_kt.optimizer import build_optimizer
 
     model = made("retrieval", name)
     optimizer = build_optimizer(model, Optim("adamw", weight_decay=0.1, decay_all=decay_all))
@@ -632,7 +632,7 @@ def trained(kind: str, stage: int, checkpointing: bool = False, steps: int = 3):
 
 def reference(kind: str, steps: int = 3):
     from hetero_kt.config import Optim
-    from hetero_kt.distributed.engine import build_optimizer
+    from hetero_kt.optimizer import build_optimizer
 
     model = model_of(kind)
     optimizer = build_optimizer(model, Optim("sgd", lr=0.05, momentum=0.9, weight_decay=1e-3))

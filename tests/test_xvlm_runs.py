@@ -19,7 +19,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hetero_kt import checks, cli, data, options, parts, plan
-from hetero_kt.config import XVLM, Data, MergeNet, Model, Optim, Recipe, Schedule, Text, Transfer, Transform
+from hetero_kt.config import (
+    XVLM,
+    AdapterConfig,
+    Data,
+    MergeNet,
+    Model,
+    Optim,
+    Recipe,
+    Schedule,
+    Text,
+    Transfer,
+    Transform,
+)
 from hetero_kt.cost import macs_of, sample
 from hetero_kt.data import world
 from hetero_kt.debug import shrink
@@ -31,7 +43,6 @@ from hetero_kt.folder import run_folder
 from hetero_kt.methods import mergenet
 from hetero_kt.methods.mergenet import Exchange, Site
 from hetero_kt.models import xvlm
-from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.nn.losses import alignment
 from hetero_kt.options import Options
 from hetero_kt.tasks import task_of

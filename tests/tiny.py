@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hetero_kt import models
 from hetero_kt import run as running
 from hetero_kt.config import (
+    AdapterConfig,
     Control,
     Data,
     Distill,
@@ -39,7 +40,6 @@ from hetero_kt.distributed import checkpoint, params
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.evaluate import averaged_buffers
 from hetero_kt.methods import Diverged
-from hetero_kt.nn.adapter import AdapterConfig
 from hetero_kt.options import Options
 from hetero_kt.trainer import Trainer
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hetero_kt.config import Data
+from hetero_kt.config import GENERATED, PAIRS, TEXTS, Data, root
 from hetero_kt.data import sayings
 from hetero_kt.data.cifar import cifar100
 from hetero_kt.data.digits import digits
@@ -110,11 +110,6 @@ def samples(config: Data, data_dir: str = "") -> int:
     return min(kept, config.per_class * classes(config, data_dir)) if config.per_class else kept
 
 
-def root(data_dir: str) -> str:
-    """The folder with the data sets; empty takes the environment's HETERO_KT_DATA, then `data`."""
-    return data_dir or os.environ.get("HETERO_KT_DATA") or "data"
-
-
 def _mixer(config: Data, classes: int, train: bool, seed: int, rank: int, world: int) -> Mixer | None:
     if not train or not (config.mix.mixup or config.mix.cutmix):
         return None
@@ -139,13 +134,6 @@ def _shards(config: Data, data_dir: str, train: bool) -> Shards:
     return Shards(index, choose, config.corrupt)
 
 
-TEXTS = ("squad", "imdb", "pretraining")
-"""Names of sets of texts."""
-
-PAIRS = ("vqa", "captions")
-"""Names of sets of pictures with texts."""
-
-
 def tokenizer(config: Data, data_dir: str = "") -> Tokenizer:
     """The tokenizer of a set of texts or pairs. Raises ValueError where there is none."""
     if config.text.tokenizer == GENERATED:
@@ -159,10 +147,6 @@ def tokenizer(config: Data, data_dir: str = "") -> Tokenizer:
         return load_tokenizer(config.text.tokenizer if Path(config.text.tokenizer).exists() else below)
     except ValueError as error:
         raise ValueError(f"--data.NAME.text.tokenizer {config.text.tokenizer} (or --data-dir): {error}.") from error
-
-
-GENERATED = "generated"
-"""As `Text.tokenizer`: generated texts and their own words, for tests and `--debug`."""
 
 
 def _texts(config: Data, data_dir: str, train: bool) -> Rows:

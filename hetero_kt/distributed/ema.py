@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from hetero_kt.distributed.pieces import Piece, pieces
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 _TOGETHER = 2**26
 """Elements that are gathered in one go, if one weight alone has not more: 256 MiB."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from deepspeed import DeepSpeedEngine
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from hetero_kt.config import Optim, Schedule
+from hetero_kt.config import Optim
+from hetero_kt.distributed import load_deepspeed
+from hetero_kt.optimizer import build_optimizer
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 LARGEST_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once unless the ZeRO block says otherwise."""
@@ -44,8 +44,6 @@ def build_engine(
     Raises:
         ValueError: ZeRO-0 with bf16 parameters, whose master copy cannot be reached from outside.
     """
-    import deepspeed
-
     if precision == "bf16" and zero.get("stage", 0) == 0:
         raise ValueError("ZeRO stage 0 with bf16 parameters has no master copy to write to: use stage 1 or autocast.")
     config: dict[str, Any] = {
@@ -63,33 +61,5 @@ def build_engine(
     elif precision == "autocast":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     # A torch optimizer passed in: one that DeepSpeed makes from its config would compile a kernel first.
-    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, optim), config=config)
+    engine, *_ = load_deepspeed().initialize(model=model, optimizer=build_optimizer(model, optim), config=config)
     return engine
-
-
-def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """timm's optimizer factory; SGD without Nesterov (timm calls that "momentum"). Fused: one pass over weights and
-    moments in place of one for each operation, which a step's time is made of."""
-    return create_optimizer_v2(
-        model,
-        opt="momentum" if optim.name == "sgd" else "adamw",
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        momentum=optim.momentum,
-        filter_bias_and_bn=not optim.decay_all,
-        fused=True,
-    )
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> Scheduler:
-    """The learning rate as a function of the step alone (`step_update(step)`), so that a resume needs no state."""
-    warmup: dict[str, Any] = {}
-    if schedule.warmup:
-        warmup = {"warmup_t": schedule.warmup, "warmup_lr_init": schedule.warmup_lr}
-    if schedule.name == "cosine":
-        return CosineLRScheduler(
-            optimizer, t_initial=max(1, steps), lr_min=schedule.min_lr, t_in_epochs=False, **warmup
-        )
-    # One later than the step that it is for: timm looks a step ahead.
-    milestones = [round(m * steps) + 1 for m in schedule.milestones] if schedule.name == "multistep" else []
-    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=schedule.gamma, t_in_epochs=False, **warmup)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hetero_kt.distributed import meeting
+from hetero_kt.distributed import load_deepspeed, meeting
 from hetero_kt.distributed.environment import fill, free_port, place, ranks_here
 
 __all__ = [
@@ -64,7 +64,7 @@ def start(same: Mapping[str, str] | None = None) -> Ranks:
     """
     fill()
     cuda = torch.cuda.is_available()
-    import deepspeed
+    deepspeed = load_deepspeed()
     from deepspeed.utils.logging import logger
 
     logger.setLevel("WARNING")

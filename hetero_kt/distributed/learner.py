@@ -4,31 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from hetero_kt.config import Model
 from hetero_kt.distributed.ema import EMA
-from hetero_kt.distributed.engine import build_engine, build_schedule
+from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.layout import Entry
 from hetero_kt.distributed.pieces import Piece, fill, pieces, rates, refresh, set_rates
 from hetero_kt.distributed.saved import SavedModel
+from hetero_kt.optimizer import Rates
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class Learner:
     """One trained model and all that follows its optimizer's steps.
 
     Args:
-        schedule: a timm scheduler of the engine's optimizer, as `build_schedule` makes it.
+        schedule: the learning rates of the engine's optimizer.
         average: the engine's weight average; None keeps none.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, schedule: Scheduler, average: EMA | None = None) -> None:
+    def __init__(self, engine: DeepSpeedEngine, schedule: Rates, average: EMA | None = None) -> None:
         self.engine, self.schedule, self.average = engine, schedule, average
         self.pieces = pieces(engine)
 
@@ -156,4 +158,4 @@ def build_learner(module: nn.Module, model: Model, zero: dict[str, Any], *, rows
         accumulation=rows // micro,
     )
     average = EMA(engine, model.ema) if model.ema else None
-    return Learner(engine, build_schedule(engine.optimizer, model.schedule, steps), average)
+    return Learner(engine, Rates(engine.optimizer, model.schedule, steps), average)

@@ -10,22 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import (
-    safe_get_full_grad,
-    safe_get_local_fp32_param,
-    safe_get_local_grad,
-    safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
+
+from hetero_kt.distributed import is_engine, load_deepspeed
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 @dataclass
@@ -57,7 +51,7 @@ def check_writable(weight: Weight, name: str) -> None:
     parameter, owner = weight.parameter, weight.owner
     if not parameter.requires_grad:
         raise ValueError(f"target {name} is frozen: transfer into a weight that is trained.")
-    if not isinstance(owner, DeepSpeedEngine):
+    if not is_engine(owner):
         return
     if owner.zero_optimization_stage() == 0 and parameter.dtype != torch.float32:
         raise ValueError(
@@ -88,7 +82,7 @@ def read(weights: Sequence[Weight], traffic: Traffic | None = None) -> list[Tens
         parameter = weight.parameter
         low_precision = parameter.dtype in (torch.bfloat16, torch.float16) and parameter.requires_grad
         if _partitioned(parameter):
-            if parameter.ds_status == ZeroParamStatus.AVAILABLE and not low_precision:
+            if _gathered(parameter) and not low_precision:
                 values[i] = parameter.detach().float().clone()  # small ones stay whole on every rank
             else:
                 sharded.append(i)
@@ -129,16 +123,16 @@ def write(
         if _partitioned(parameter):
             piece = _own_piece(parameter, value)
             parameter.ds_tensor.data.copy_(piece)
-            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+            if _gathered(parameter):
                 parameter.data.copy_(value)
-            safe_set_local_fp32_param(parameter, piece.float())
+            _accessors().safe_set_local_fp32_param(parameter, piece.float())
             if piece.is_cuda:
                 # ZeRO-3 gathers on a stream of its own, which does not wait for this one.
                 torch.cuda.current_stream().synchronize()
         else:
             parameter.data.copy_(value)
             if hasattr(parameter, "_hp_mapping"):
-                safe_set_full_fp32_param(parameter, value.float())
+                _accessors().safe_set_full_fp32_param(parameter, value.float())
         if moments == "reset":
             _reset_moments(weight, where)
 
@@ -163,13 +157,13 @@ def gradients(weights: Sequence[Weight], traffic: Traffic | None = None) -> list
         elif hasattr(parameter, "_hp_mapping"):
             mastered.append(i)
         else:
-            own = safe_get_full_grad(parameter)
+            own = _accessors().safe_get_full_grad(parameter) if is_engine(weight.owner) else parameter.grad
             missing |= own is None
             found[i] = own.to(torch.promote_types(own.dtype, torch.float32), copy=True) if own is not None else None
     if sharded:
         parameters = [weights[i].parameter for i in sharded]
         for i, value in zip(
-            sharded, _gather(parameters, list(map(safe_get_local_grad, parameters)), traffic), strict=True
+            sharded, _gather(parameters, list(map(_accessors().safe_get_local_grad, parameters)), traffic), strict=True
         ):
             found[i] = value
     if mastered:
@@ -192,10 +186,20 @@ def _partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def _gathered(parameter: Any) -> bool:
+    """Whether a partitioned parameter is whole on every rank at this moment."""
+    return parameter.ds_status.name == "AVAILABLE"
+
+
+def _accessors() -> Any:
+    """DeepSpeed's functions on one parameter's partitions; only asked for where DeepSpeed has made them."""
+    return load_deepspeed().utils
+
+
 def _own(parameter: Any) -> Tensor:
     """This rank's piece of a ZeRO-3 weight, of its fp32 master where it has one."""
     master = parameter.dtype != torch.float32 and parameter.requires_grad
-    return safe_get_local_fp32_param(parameter) if master else parameter.ds_tensor
+    return _accessors().safe_get_local_fp32_param(parameter) if master else parameter.ds_tensor
 
 
 def _own_gradient(parameter: Any) -> Tensor | None:
@@ -269,8 +273,8 @@ def _reset_moments(weight: Weight, where: Tensor | None) -> None:
         group, *_ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         state = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
         for key in _moments(state):
-            now = safe_get_local_optimizer_state(parameter, key)
-            safe_set_local_optimizer_state(parameter, zeroed(now), key)
+            now = _accessors().safe_get_local_optimizer_state(parameter, key)
+            _accessors().safe_set_local_optimizer_state(parameter, zeroed(now), key)
     elif hasattr(parameter, "_hp_mapping"):
         mapping = parameter._hp_mapping
         for key in mapping.get_optim_state_keys() if mapping is not None else []:
@@ -278,7 +282,7 @@ def _reset_moments(weight: Weight, where: Tensor | None) -> None:
             fragment.copy_(zeroed(fragment))
     else:
         owner = weight.owner
-        optimizer = owner.optimizer if isinstance(owner, DeepSpeedEngine) else weight.optimizer
+        optimizer = owner.optimizer if is_engine(owner) else weight.optimizer
         if optimizer is None:
             raise ValueError("moments='reset' on a plain module needs its optimizer: Site(..., optimizer=...).")
         state = optimizer.state.get(parameter, {})
@@ -296,7 +300,7 @@ def state_dict(engine: DeepSpeedEngine | nn.Module) -> dict[str, Tensor]:
 
     Gathers one parameter after another, so that no rank ever holds more than one of them besides its own pieces.
     """
-    module = engine.module if isinstance(engine, DeepSpeedEngine) else engine
+    module = engine.module if is_engine(engine) else engine
     state = {name: read([Weight(engine, p)])[0].cpu() for name, p in module.named_parameters()}
     kept = set(module.state_dict().keys())  # leaves out buffers that a state dict does not hold
     return state | {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in kept}

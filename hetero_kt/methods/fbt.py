@@ -11,10 +11,9 @@ Borrowed stages stay in the engine that owns them and are called through it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +24,9 @@ from hetero_kt.nn.fused import L2G, Fused, Route, route
 from hetero_kt.nn.losses import InfoNCE
 from hetero_kt.nn.stages import Stages
 from hetero_kt.profile import part
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class Knowledge(NamedTuple):

@@ -10,22 +10,25 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from hetero_kt.config import Control, nearest
 from hetero_kt.distributed import params
-from hetero_kt.distributed.learner import Learner
 from hetero_kt.evaluate import world
 from hetero_kt.methods.sharing import Sharing
 from hetero_kt.methods.sites import Site, Transfer, named
 from hetero_kt.methods.transfer import Path, TransferDiverged
 from hetero_kt.nn.adapter import Adapter
 from hetero_kt.profile import part
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from hetero_kt.distributed.learner import Learner
 
 __all__ = ["Exchange", "MergeNet", "Site", "Transfer", "TransferDiverged"]
 

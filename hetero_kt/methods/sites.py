@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from hetero_kt.config import Optim, Schedule
-from hetero_kt.distributed import params
+from hetero_kt.distributed import is_engine, params
 from hetero_kt.messages import check_choices
 from hetero_kt.nn import reencode
 from hetero_kt.nn.adapter import AdapterConfig
@@ -25,7 +24,8 @@ class Site:
     any other exchanges the whole matrix (`full`) or the A of a fresh decomposition at every transfer (`svd`).
     """
 
-    model: DeepSpeedEngine | nn.Module
+    model: Any
+    """A DeepSpeed engine, or an nn.Module."""
     weight: str
     mode: Literal["full", "svd"] = "full"
     rank: int = 16
@@ -91,7 +91,7 @@ class Side:
     """A site resolved: which parameter travels, and how it is seen as a matrix."""
 
     def __init__(self, site: Site) -> None:
-        module = site.model.module if isinstance(site.model, DeepSpeedEngine) else site.model
+        module = site.model.module if is_engine(site.model) else site.model
         reference = reencode.find_weight(module, site.weight)
         factor = reencode.factor_parameter(module, site.weight)
         self.mode = "factor" if factor is not None else site.mode

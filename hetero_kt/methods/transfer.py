@@ -15,11 +15,11 @@ from torch import Tensor
 from hetero_kt.compiler import as_written
 from hetero_kt.config import Control
 from hetero_kt.distributed import params
-from hetero_kt.distributed.engine import build_optimizer, build_schedule
 from hetero_kt.evaluate import evaluating
 from hetero_kt.methods import Diverged
 from hetero_kt.methods.sites import Side, Transfer
 from hetero_kt.nn.adapter import Adapter, build_adapter, standardise
+from hetero_kt.optimizer import Rates, build_optimizer
 
 SENSITIVITY_EVERY = 10
 """Transfers between two measurements of source sensitivity, which take two more forwards of the adapter."""
@@ -60,7 +60,7 @@ class Path:
                     f"transfer {self.name}: a {transfer.schedule.name} schedule needs Exchange(steps=...)."
                 )
             self.optimizer = build_optimizer(self.adapter, transfer.optim)
-            self.schedule = build_schedule(self.optimizer, transfer.schedule, -(-steps // transfer.cycle))
+            self.schedule = Rates(self.optimizer, transfer.schedule, -(-steps // transfer.cycle))
         if control == "shuffled" and not (self.adapter and self.adapter.sees_order):
             warnings.warn(
                 f"transfer {self.name}: an adapter of kind {transfer.adapter.kind} can learn to undo a fixed order of "

@@ -7,21 +7,16 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
-
-import timm
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from hetero_kt.messages import first_line
-from hetero_kt.models import cifar, swin
+from hetero_kt.models.names import CIFAR, XVLMS, is_known, known, modality_values
 
-__all__ = ["XVLMS", "build", "classifier", "irb_projection", "known", "modality_values"]
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-swin.register()
+__all__ = ["XVLMS", "build", "classifier", "irb_projection", "is_known", "known", "modality_values"]
 
 
 def build(name: str, classes: int, *, pretrained: bool = False, image_size: int = 32, init: str = "") -> nn.Module:
@@ -39,7 +34,10 @@ def build(name: str, classes: int, *, pretrained: bool = False, image_size: int 
     if pretrained and init:
         raise ValueError(f"{name}: pretrained and init both say where to start: set one of them")
     family, _, rest = name.partition(":")
-    if family not in ("timm", "cifar") or rest not in _names(family):
+    from hetero_kt.models import cifar, swin
+
+    swin.register()
+    if not is_known(name):
         raise ValueError(_unknown(name))
     if family == "cifar":
         if pretrained:
@@ -54,16 +52,13 @@ def build(name: str, classes: int, *, pretrained: bool = False, image_size: int 
     return model
 
 
-def known() -> list[str]:
-    """Every name that `build` takes, with its family in front."""
-    return [f"{family}:{name}" for family in ("cifar", "timm") for name in _names(family)]
-
-
 def classifier(model: nn.Module) -> str:
     """Name of the weight (classes x features) of a timm model's classifier, for example `fc.weight`.
 
     Raises ValueError where the model has no single linear classifier.
     """
+    from torch import nn
+
     get_classifier: Any = getattr(model, "get_classifier", None)
     head = get_classifier() if get_classifier else None
     if isinstance(head, nn.Linear):
@@ -71,30 +66,6 @@ def classifier(model: nn.Module) -> str:
             if module is head:
                 return f"{name}.weight"
     raise ValueError(f"{type(model).__name__} has no single linear classifier: name the weight yourself")
-
-
-def modality_values(name: str) -> tuple[str, str]:
-    """Names of an X-VLM's value projections of its last vision layer, and of its last layer that reads text alone.
-
-    Raises ValueError for another model's name.
-    """
-    if name not in XVLMS:
-        raise ValueError(f"{name} is no X-VLM: use {', '.join(XVLMS)}")
-    block, layer = XVLMS[name]
-    return (
-        f"vision_encoder.{block}.attn.qkv.weight[v]",
-        f"text_encoder.encoder.layer.{layer}.attention.self.value.weight",
-    )
-
-
-XVLMS = {
-    "xvlm:tiny": ("blocks.1", 1),
-    "xvlm:mini": ("blocks.3", 1),
-    "xvlm:small": ("blocks.5", 2),
-    "xvlm:base": ("layers.3.blocks.1", 5),
-}
-"""Models that see pictures and read texts, each with its last vision layer and its last layer that reads text alone.
-`hetero_kt.models.xvlm` builds them; it takes seconds to import."""
 
 
 def irb_projection(model: nn.Module, k: int) -> str:
@@ -105,6 +76,8 @@ def irb_projection(model: nn.Module, k: int) -> str:
 
     Raises ValueError where the model has no such block.
     """
+    from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+
     projections = []
     for name, module in model.named_modules():
         if isinstance(module, InvertedResidual):
@@ -117,23 +90,18 @@ def irb_projection(model: nn.Module, k: int) -> str:
     return projections[k - 1]
 
 
-def _names(family: str) -> list[str]:
-    if family == "cifar":
-        return list(cifar.MODELS)
-    # `resnet50.a1_in1k` names one of several published weights.
-    return timm.list_models() + timm.list_pretrained()
-
-
 def _unknown(name: str) -> str:
     near = get_close_matches(name, known(), n=3, cutoff=0.5)
     if ":" not in name:  # the family was forgotten
-        near = [f"{family}:{name}" for family in ("cifar", "timm") if name in _names(family)] or near
+        near = [f"{family}:{name}" for family in ("cifar", "timm") if is_known(f"{family}:{name}")] or near
     if not near:
-        near = [f"cifar:{model}" for model in cifar.MODELS]
+        near = [f"cifar:{model}" for model in CIFAR]
     return f"no model is called {name!r}: use timm:NAME or cifar:NAME (nearest: {', '.join(near)})"
 
 
 def _build_timm(name: str, classes: int, pretrained: bool, image_size: int) -> nn.Module:
+    import timm
+
     options: dict[str, Any] = {}
     published = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if published is not None and published.fixed_input_size:
@@ -156,6 +124,9 @@ def _build_timm(name: str, classes: int, pretrained: bool, image_size: int) -> n
 
 
 def _load(model: nn.Module, name: str, path: str) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     if not Path(path).is_file():
         raise ValueError(f"{name}: init names {path}, which is not a file: give an exported .safetensors file")
     try:

@@ -42,6 +42,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from hetero_kt.data.text import Tokenizer
+from hetero_kt.distributed import load_deepspeed
 from hetero_kt.messages import first_line
 
 Task = Literal["question_answering", "classification", "masked_lm"]
@@ -257,12 +258,10 @@ def _places(zero: Mapping[str, Any] | None) -> Iterator[None]:
     if zero is None:
         yield
         return
-    import deepspeed
-
     if zero.get("stage") != 3:
         raise ValueError(f"a model is built in pieces under ZeRO-3 only, not stage {zero.get('stage')}")
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": dict(zero)}
-    with deepspeed.zero.Init(config_dict_or_path=config):
+    with load_deepspeed().zero.Init(config_dict_or_path=config):
         yield
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetero_kt.config import Teacher, read_recipe
+from hetero_kt.distributed import load_deepspeed
 from hetero_kt.documents import mapping, read_json, whole
 from hetero_kt.models import build
 from hetero_kt.nn.stages import Stages, expose
@@ -76,15 +77,13 @@ class Frozen:
             return
         if self.engine is not None:
             return
-        import deepspeed
-
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {**sparing(self.module), **self.zero},
             "steps_per_print": 1_000_000_000,
         }
         # Called as a module, not as an engine: an engine without an optimizer refuses to be part of a backward.
-        self.engine, *_ = deepspeed.initialize(model=self.module, config=config)
+        self.engine, *_ = load_deepspeed().initialize(model=self.module, config=config)
 
     def stop(self) -> None:
         """Give its engine back, if it has one."""

@@ -12,66 +12,22 @@ of width C, S source tokens of width E, H heads of width D.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from hetero_kt.config import AdapterConfig
 from hetero_kt.nn.attention import attention
 
 COMPACT_WIDTH = 64
 PUBLISHED_MLP_WIDTH = 1024
-FROM_SCRATCH = 0.12
-"""Where the gate starts for a target that is trained from scratch."""
 GATE_SLOPE = 0.1
 """How far the gate moves per unit of its parameter. Adam moves that by its whole rate in every update whatever the
 gradient; at slope 1 the gate had closed, in 600 updates at 1e-3, before the adapter had anything to say."""
 TINY = 1e-8
 """Floor of a standard deviation, far below that of any weight: a constant row stays finite."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What an adapter is made of; the defaults are ours, the published form is `width="published",
-    input="raw", output="layernorm"`."""
-
-    kind: Literal["lpka", "mlp", "aligned", "procrustes"] = "lpka"
-    """Attention over unfoldings (Eq. 6), two perceptrons (Eq. 2), or, along an axis that both matrices share, a learned
-    linear map or the nearest rotation."""
-    layers: int = 2
-    """Knowledge transfer layers (L)."""
-    heads: int = 8
-    width: Literal["compact", "published"] = "compact"
-    """`compact`: inner width 64 whatever the matrices; `published`: it grows with them (37.6M parameters for
-    160x960 <- 100x2048)."""
-    unfold: Literal["all", "individual"] = "all"
-    """All four row/column unfoldings, or (row, row) alone (Table 7, "Individual Attn")."""
-    weights: Literal["learned", "average"] = "learned"
-    """omega of Eq. 6: a learned softmax over the unfoldings, or their plain mean (Table 7, "Avg Attn")."""
-    joint: bool = False
-    """Layers update both streams (Eq. 3); otherwise every layer reads the source as it came."""
-    input: Literal["standardise", "raw"] = "standardise"
-    """Give source and target zero mean and unit variance first: raw weights (std about 0.02) leave the
-    attention uniform and the proposal blind to the source."""
-    output: Literal["restore", "mix", "layernorm"] = "restore"
-    """`restore`: the target's own row means and scales, mixed in by a learned gate; `mix`: the last stream as it is,
-    mixed in by that gate, which draws the target towards the source's own values; `layernorm`: the last stream
-    overwrites the target, as published (LPKA's ends in a LayerNorm, other kinds' is raw)."""
-    gate: float | Literal["auto"] = "auto"
-    """Where the learned mixing weight of `restore` starts: 0 proposes a pretrained target unchanged, 0.12 lets the
-    source take part from the start; `auto` is 0 for a recipe's pretrained targets and 0.12 for others."""
-    hold: bool = False
-    """The gate stays where it starts, whatever else the adapter learns."""
-    dropout: float = 0.1
-    """On attention probabilities."""
-    ff_dropout: float = 0.2
-
-    def first_gate(self) -> float:
-        """`gate` as a number."""
-        return FROM_SCRATCH if self.gate == "auto" else self.gate
 
 
 class MLP(nn.Module):

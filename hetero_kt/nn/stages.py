@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hetero_kt.evaluate import evaluating
 from hetero_kt.messages import first_line
-from hetero_kt.nn.families import Family, Form, family_of
+
+if TYPE_CHECKING:
+    from hetero_kt.nn.families import Family, Form
 
 __all__ = ["Layout", "Stages", "expose", "from_map", "resized", "split", "to_map"]
 
@@ -205,6 +207,8 @@ def split(model: nn.Module, image_size: int) -> Stages:
     if not getattr(model, "num_classes", 1):
         raise ValueError(f"{name} cannot be split into stages: it has no classifier, so build it with num_classes")
     try:
+        from hetero_kt.nn.families import family_of  # timm, which takes seconds to import
+
         family = family_of(model)
         return Stages(model, family, image_size)
     except (ValueError, AssertionError, RuntimeError) as error:

@@ -35,6 +35,7 @@ import yaml
 from hetero_kt.config import Recipe, nearest
 from hetero_kt.folder import run_folder
 from hetero_kt.options import Options, Variants, resolve, runs_before
+from hetero_kt.shipped import launcher_file
 
 Budget = Literal["cpu", "gpu", "paper"]
 BUDGETS: tuple[Budget, ...] = typing.get_args(Budget)
@@ -228,28 +229,9 @@ class Resolved:
         return run_folder(replace(self.recipe, seed=seed))
 
 
-def launchers() -> Path:
-    """The folder with the launchers: that of the working directory, else the checkout's.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for place in (Path("launchers"), Path(__file__).parents[2] / "launchers"):
-        if place.is_dir():
-            return place
-    raise ValueError("launchers does not exist: go to the checkout, which has the launchers.")
-
-
 @cache
 def variants(launcher: Path) -> Variants:
-    """The recipes of a launcher's file.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    if not launcher.is_file():
-        near = nearest(launcher.stem, sorted(path.stem for path in launcher.parent.glob("*.py")))
-        raise ValueError(f"launcher {launcher.stem} does not exist: use {near}.")
+    """The recipes of a launcher's file."""
     spec = importlib.util.spec_from_file_location(f"launcher_{launcher.stem}", launcher)
     assert spec is not None
     assert spec.loader is not None
@@ -262,7 +244,7 @@ def runs_called(command: Command) -> str:
     """The name of the recipe that `command` trains, at little cost; empty where it cannot be told."""
     given = dict(zip(command.options, command.options[1:], strict=False))
     try:
-        known = variants(launchers().resolve() / f"{command.launcher}.py")
+        known = variants(launcher_file(command.launcher).resolve())
         return given.get("--name") or known[given.get("--variant", next(iter(known)))]().name
     except (ValueError, KeyError):
         return ""
@@ -274,7 +256,7 @@ def resolved(command: Command, *more: str) -> Resolved:
     Raises:
         ValueError: as `options.resolve`, or a launcher that does not exist.
     """
-    known = variants(launchers().resolve() / f"{command.launcher}.py")
+    known = variants(launcher_file(command.launcher).resolve())
     try:
         recipe, options = resolve(known, [*command.options, *more])
     except SystemExit as end:  # the parser's own complaint, which it has printed

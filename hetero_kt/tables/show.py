@@ -9,7 +9,7 @@ from hetero_kt.report.comparison import Line as Shown
 from hetero_kt.report.comparison import Sheet
 from hetero_kt.report.history import chosen
 from hetero_kt.report.runs import Run
-from hetero_kt.tables import BUDGETS, Budget, Table, launchers, names, read, runs_called
+from hetero_kt.tables import BUDGETS, Budget, Table, names, read, runs_called
 from hetero_kt.tables.runs import Line, evaluated, fill
 
 POSITIVE_CONTROL = "positive-control"
@@ -54,12 +54,6 @@ def published(found: Sequence[Run], wanted: Sequence[str] | None = None, budget:
     """
     if wanted is None and not any(run.recipe for run in found):
         return []
-    try:
-        launchers()
-    except ValueError:
-        if wanted is None:
-            return []  # outside of a checkout nothing says what a row's command trains
-        raise
     budgets = [one for one in BUDGETS if budget in ("", one)]
     sheets = []
     for name in names() if wanted is None else wanted:
@@ -89,10 +83,6 @@ def beside(recipes: Iterable[Recipe | None], sheets: Sequence[Sheet], found: Seq
     shown = any(sheet.title.startswith(table.title) for sheet in sheets)
     if shown or not any(recipe is not None and isinstance(recipe.method, MergeNet) for recipe in recipes):
         return [], ""
-    try:
-        launchers()
-    except ValueError:
-        return [], ""  # outside of a checkout it cannot run
     filled = _filled(table, "cpu", found)
     if filled is None:
         return [], f"The positive control has not run: hetero-kt table {POSITIVE_CONTROL} --budget cpu --run."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hetero_kt.report.runs import find
-from hetero_kt.tables import Budget, Command, Table, launchers, resolved
+from hetero_kt.shipped import deepspeed_words, folder, launcher_words
+from hetero_kt.tables import Budget, Command, Table, resolved
 from hetero_kt.tables.runs import Line, counting
 
 
@@ -24,12 +26,14 @@ class Start:
     needs: tuple[str, ...]
     """Commands that have to succeed before."""
 
-    def words(self, output_dir: str, ranks: int, folder: Path) -> list[str]:
+    def words(self, output_dir: str, ranks: int) -> list[str]:
         """As an argument list."""
-        launcher = str(folder / f"{self.command.launcher}.py")
-        starter = ["deepspeed", "--num_accelerators", str(ranks)] if ranks > 1 else [sys.executable]
+        launcher = launcher_words(self.command.launcher)
+        start = [sys.executable, *launcher]
+        if ranks > 1:
+            start = ["deepspeed", "--num_accelerators", str(ranks), *deepspeed_words(launcher)]
         seeds = ["--seeds", *map(str, self.seeds)] if self.seeds else []
-        return [*starter, launcher, *self.command.options, "--output-dir", output_dir, *seeds]
+        return [*start, *self.command.options, "--output-dir", output_dir, *seeds]
 
 
 def starts(table: Table, budget: Budget, lines: Sequence[Line], seeds: Sequence[int], output_dir: str) -> list[Start]:
@@ -72,7 +76,7 @@ def run(todo: Sequence[Start], output_dir: str, ranks: int) -> list[str]:
             f"{i + 1} of {len(todo)}: {start.command}, seeds {' '.join(map(str, start.seeds)) or 'as it is'}",
             flush=True,
         )
-        status = subprocess.run(start.words(output_dir, ranks, launchers()), check=False).returncode
+        status = subprocess.run(start.words(output_dir, ranks), check=False).returncode
         if status:
             failed[str(start.command)] = f"Failed with status {status}: {start.command}"
     return list(failed.values())
@@ -96,13 +100,12 @@ def submit(todo: Sequence[Start], output_dir: str, options: Sequence[str]) -> li
         A sentence on each array.
 
     Raises:
-        ValueError: no `sbatch` on this machine, no batch file, a start that is no run, or `sbatch` refuses.
+        ValueError: no `sbatch` on this machine, a start that is no run, or `sbatch` refuses.
     """
     if shutil.which("sbatch") is None:
         raise ValueError("table: this machine has no sbatch: use --slurm where Slurm is, or --run here.")
-    checkout = launchers().resolve().parent
-    if not (checkout / "slurm" / "array.sbatch").is_file():
-        raise ValueError(f"table: {checkout} has no slurm/array.sbatch: go to the checkout.")
+    batch = folder("slurm")
+    here = {"HETERO_KT_SLURM": str(batch)}  # where the batch file finds job.sh: Slurm runs a copy of the file itself
     queued = _queued()
     jobs: dict[str, str] = {}
     said = []
@@ -120,11 +123,11 @@ def submit(todo: Sequence[Start], output_dir: str, options: Sequence[str]) -> li
         after = [f"--dependency=afterok:{':'.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
         words = [
             *("sbatch", "--parsable", f"--job-name={name}", f"--array=0-{len(seeds) - 1}", *after, *options),
-            *("slurm/array.sbatch", " ".join(map(str, seeds)), one.recipe.method.arm),
-            *(f"launchers/{start.command.launcher}.py", *start.command.options),
+            *(str(batch / "array.sbatch"), " ".join(map(str, seeds)), one.recipe.method.arm),
+            *(*launcher_words(start.command.launcher), *start.command.options),
             *("--output-dir", str(Path(output_dir).absolute())),
         ]
-        ended = subprocess.run(words, cwd=checkout, capture_output=True, text=True, check=False)
+        ended = subprocess.run(words, env=os.environ | here, capture_output=True, text=True, check=False)
         if ended.returncode:
             done = f" (submitted before it: {', '.join(jobs.values())})" if jobs else ""
             raise ValueError(f"table: sbatch refused {name}{done}: {ended.stderr.strip() or 'without a word'}")

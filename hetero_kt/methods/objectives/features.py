@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from hetero_kt import config
@@ -13,6 +12,9 @@ from hetero_kt.methods.objectives.objective import Teachers, Terms
 from hetero_kt.nn import losses
 from hetero_kt.nn.fused import temperatures
 from hetero_kt.nn.stages import Stages
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class RKD:

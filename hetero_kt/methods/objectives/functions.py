@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from hetero_kt import config
@@ -16,6 +15,9 @@ from hetero_kt.methods.objectives.objective import Evolving, Teachers, Terms, ri
 from hetero_kt.nn import losses
 from hetero_kt.nn.bridges import CROSSINGS, Bridges, Crossing
 from hetero_kt.nn.stages import Layout, Stages, to_map
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 _PATHS = 0xFCFD
 

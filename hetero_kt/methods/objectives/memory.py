@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +17,9 @@ from hetero_kt.nn import losses
 from hetero_kt.nn.losses.memory import Memory, Negatives, Sides
 from hetero_kt.nn.losses.precision import Projection
 from hetero_kt.nn.stages import Stages
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class Drawn(NamedTuple):

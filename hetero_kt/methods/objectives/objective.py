@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 Teachers = Mapping[str, Any]
 """By name: `Frozen`, or `Stored` where only logits are asked for."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from hetero_kt import config
@@ -14,6 +13,9 @@ from hetero_kt.nn import losses
 from hetero_kt.nn.branches import Branches
 from hetero_kt.nn.losses.precision import Projection
 from hetero_kt.nn.stages import Layout, Stages, to_map
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class KD:

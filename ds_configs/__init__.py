@@ -1,0 +1,1 @@
+"""DeepSpeed's zero_optimization block for each ZeRO stage."""

@@ -1,0 +1,1 @@
+"""Batch files for Slurm, for any launcher; README.md explains them."""
