@@ -31,8 +31,10 @@ from hetero_kt import config, models, options
 from hetero_kt import folder as folders
 from hetero_kt import run as running
 from hetero_kt.distributed import launch, layout
+from hetero_kt.distributed.agreement import UserError
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.folder import run_folder
+from hetero_kt.methods import Diverged
 from hetero_kt.options import Options
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launchers" / "cifar_mergenet.py"
@@ -268,7 +270,7 @@ def tied(recipe: Any) -> str:
     with pytest.MonkeyPatch.context() as patch, tiny.handlers_kept():
         patch.setattr(models, "build", with_twin)
         patch.setattr(running.parts.models, "build_learner", None)
-        with pytest.raises(running.UserError) as error:
+        with pytest.raises(UserError) as error:
             running.run(recipe, Options(), ranks, launch.StopSignal())
     return str(error.value)
 
@@ -364,7 +366,7 @@ def test_five_interrupted_by_a_good_one_do_not_stop_the_run(ranks: Any, tmp_path
 
 def diverge(recipe: Any) -> tuple[Any, str, str]:
     def diverged(*_: Any) -> bool:
-        raise running.Diverged("transfer there: 5 proposals in a row were not finite.")
+        raise Diverged("transfer there: 5 proposals in a row were not finite.")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "run", diverged)
@@ -399,8 +401,8 @@ def fail(error: Exception) -> tuple[list[str], Any]:
 
 def test_the_group_is_left_only_where_all_ranks_leave_it(ranks: Any) -> None:
     """After one rank's own error the others still wait in a collective, and leaving could wait for them."""
-    assert ranks(1).run(fail, running.UserError("no.")) == [(["left the group"], "SystemExit(2)")]
-    assert ranks(1).run(fail, running.Diverged("no.")) == [(["left the group"], "SystemExit(1)")]
+    assert ranks(1).run(fail, UserError("no.")) == [(["left the group"], "SystemExit(2)")]
+    assert ranks(1).run(fail, Diverged("no.")) == [(["left the group"], "SystemExit(1)")]
     assert ranks(1).run(fail, ZeroDivisionError("no")) == [([], "ZeroDivisionError('no')")]
 
 

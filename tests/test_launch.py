@@ -28,6 +28,7 @@ from hetero_kt import run as running
 from hetero_kt.data import workers
 from hetero_kt.distributed import environment, hosts, launch, meeting
 from hetero_kt.options import Options
+from hetero_kt.start import agreed_on
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).resolve().parents[1]
@@ -660,12 +661,10 @@ def test_a_taken_port_is_one_sentence() -> None:
 
 def test_what_ranks_agree_on_is_the_command_but_not_where_data_lie() -> None:
     recipe = tiny.recipe(Path("runs"))
-    ours = running.agreed_on(recipe, Options())
+    ours = agreed_on(recipe, Options())
     changed = {
         name
-        for name, value in running.agreed_on(
-            replace(recipe, data_dir="/node/local", seed=9), Options(debug=True)
-        ).items()
+        for name, value in agreed_on(replace(recipe, data_dir="/node/local", seed=9), Options(debug=True)).items()
         if ours[name] != value
     }
     assert changed == {"--seed", "--debug"}

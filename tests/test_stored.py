@@ -23,6 +23,7 @@ from test_options import one_sentence
 from hetero_kt import checks, data, models, parts
 from hetero_kt import run as running
 from hetero_kt.config import Data, Mix, Recipe, Teacher
+from hetero_kt.distributed.agreement import UserError
 from hetero_kt.distributed.launch import Ranks, StopSignal
 from hetero_kt.models import stored
 from hetero_kt.models.stored import Store, Stored, fill
@@ -291,7 +292,7 @@ def test_a_damaged_store_is_refused_by_name(tmp_path: Path, damage: Callable[[Pa
 
 def refused(base: Recipe) -> str:
     torch.manual_seed(0)
-    with tiny.handlers_kept(), pytest.raises(running.UserError) as error:
+    with tiny.handlers_kept(), pytest.raises(UserError) as error:
         running.run(base, Options(), here(), StopSignal())
     return str(error.value)
 

@@ -32,6 +32,7 @@ from typing import Any
 import tiny
 import tyro
 
+from hetero_kt import report
 from hetero_kt import run as running
 from hetero_kt.config import Recipe
 from hetero_kt.distributed import layout, meeting
@@ -307,7 +308,7 @@ def _rank(one: Recipe, rank: int, port: int, log: str) -> None:
     }
     faulthandler.enable()
     meeting.SECONDS = PATIENCE
-    running.report.finish = lambda _: None  # pictures of a run that has ended
+    report.finish = lambda _: None  # pictures of a run that has ended
     sys.argv = ["torture", "--patience", str(PATIENCE)]
     with tiny.patched(dropout=0.4):  # so that random state counts
         running.main({"default": lambda: one})
