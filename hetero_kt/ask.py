@@ -25,7 +25,9 @@ from hetero_kt.config import Data, Transform
 from hetero_kt.data.pictures import MOST_BYTES, Damaged, decoded, shown
 from hetero_kt.data.text import Sentences, Tokenizer, load_tokenizer
 from hetero_kt.data.vqa import answer_list
-from hetero_kt.messages import first_line
+from hetero_kt.documents import mapping, read_json, text, whole
+from hetero_kt.files import publish_folder, write_whole
+from hetero_kt.messages import first_line, printable
 from hetero_kt.models import xvlm, xvlm_weights
 from hetero_kt.tasks import retrieval, vqa
 
@@ -50,9 +52,7 @@ def save(name: str, config: Data, loader: Any, tokenizer: Tokenizer, state: Mapp
         (part / "answers.json").write_text(json.dumps(loader.answers.texts) + "\n")
     tokenizer.save(part)
     save_file(dict(state), part / "model.safetensors")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(part, folder)
+    publish_folder(part, folder)
 
 
 class Trained:
@@ -66,16 +66,21 @@ class Trained:
         """
         self.folder = _export(Path(folder))
         try:
-            about = json.loads((self.folder / "config.json").read_text())
-            self.task, self.length = about["task"], int(about["length"])
-            self.candidates = int(about["candidates"])
-            self.image_size = int(about["image_size"])
+            about = mapping(read_json(self.folder / "config.json"), "the file")
+            self.task: Any = text(about["task"], "task")
+            if self.task not in xvlm.FORMS:
+                raise ValueError(f"no task is called {self.task[:40]}")
+            self.length = whole(about["length"], "length", 1, 2**20)
+            self.candidates = whole(about["candidates"], "candidates", 1)
+            self.image_size = whole(about["image_size"], "image_size", 1, 2**14)
             self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
             self.transform = Transform(**about["transform"] | {"scale": tuple(about["transform"]["scale"])})
-            name = about["name"]
-            texts = json.loads((self.folder / "answers.json").read_text()) if self.task == "vqa" else []
+            name = text(about["name"], "name")
+            texts = read_json(self.folder / "answers.json") if self.task == "vqa" else []
+            texts = [text(one, "an answer") for one in texts]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder} is no export of an X-VLM ({first_line(error)}): name a run's.") from error
+            reason = printable(first_line(error))
+            raise ValueError(f"{self.folder} is no export of an X-VLM ({reason}): name a run's.") from error
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
         self.answers = answer_list(texts, self.tokenizer, self.length) if texts else None
         file = str(self.folder / "model.safetensors")
@@ -122,12 +127,15 @@ class Trained:
         tensors = xvlm_weights.to_official(self.model.state_dict(), self.model.name)
         # The decoder's words and their embeddings are one tensor, which that code expects twice.
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is there and is no regular file: name another file.")
+        path = Path(os.path.realpath(path))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix in (".th", ".pth"):
-                torch.save({"model": tensors}, path)
+                write_whole(path, lambda part: torch.save({"model": tensors}, part))
             else:
-                save_file(tensors, path)
+                write_whole(path, lambda part: save_file(tensors, part))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be written ({first_line(error)}): name another file.") from error
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hetero_kt import __version__
+from hetero_kt.messages import printable
 
 if typing.TYPE_CHECKING:
     from hetero_kt.report import Report
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = arguments.command(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         status = 2
     if status:
         raise SystemExit(status)
@@ -326,13 +327,13 @@ def _write(arguments: argparse.Namespace, report: Report, curves: str = "") -> N
     Raises:
         ValueError: a file that cannot be written, or a picture of nothing.
     """
+    from hetero_kt.files import write_named
     from hetero_kt.report import figures, page
 
     try:
         for name, form in ((arguments.markdown, report.markdown), (arguments.csv, report.csv)):
             if name:
-                Path(name).parent.mkdir(parents=True, exist_ok=True)
-                Path(name).write_text(form(), encoding="utf-8")
+                write_named(name, form())
         if arguments.html:
             page.write(report, arguments.html)
         if arguments.png:
@@ -384,19 +385,17 @@ def _export(arguments: argparse.Namespace) -> int:
         saved = layout.complete(run.folder / "checkpoints")
         if run.finished and files:
             for file in files:
-                print(file)
+                print(printable(str(file)))
         elif saved and (not run.finished or saved[-1].name == str(run.steps)):
             if not run.finished:
-                print(f"{run.folder} {run.problem}: these are its weights of step {saved[-1].name}.", file=sys.stderr)
+                said = f"{run.folder} {run.problem}: these are its weights of step {saved[-1].name}."
+                print(printable(said), file=sys.stderr)
             _write_export(saved[-1], export)
         elif run.finished:
             raise ValueError(f"export: {run.folder} has lost its export: start its launcher again with --resume never.")
         else:
-            print(
-                f"{run.folder} {run.problem}: start its launcher again with the same options, "
-                "which resumes it and exports at the end.",
-                file=sys.stderr,
-            )
+            said = f"{run.folder} {run.problem}: start its launcher again with the same options, which resumes it"
+            print(printable(f"{said} and exports at the end."), file=sys.stderr)
             continue
         some = True
     return 0 if some else 1
@@ -406,7 +405,7 @@ def _write_export(checkpoint: Path, to: Path | None = None) -> None:
     from hetero_kt.export import write
 
     for file in write(checkpoint, to):
-        print(file)
+        print(printable(str(file)))
 
 
 def _ask(arguments: argparse.Namespace) -> int:
@@ -425,7 +424,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     table.add_column("caption" if arguments.captions else "answer", overflow="fold")
     table.add_column("fits (%)" if arguments.captions else "probability (%)", justify="right")
     for text, chance in found:
-        table.add_row(Text(text), f"{100 * chance:.1f}")
+        table.add_row(Text(printable(text)), f"{100 * chance:.1f}")
     Console().print(table)
     return 0
 

@@ -56,6 +56,39 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object], par
     sync(path.parent)
 
 
+def write_named(path: str | Path, content: str | bytes) -> None:
+    """Write the file that a user has named: in one go, through a link to what it points to, and into a device or a pipe
+    that stands there. Folders on the way to it are made.
+
+    Raises:
+        OSError: it cannot be written, or nobody reads from the pipe.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _takes_bytes(path):
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe without a reader is not waited on
+            os.set_blocking(descriptor, True)
+            with open(descriptor, "wb") as stream:
+                stream.write(data)
+        else:
+            real = Path(os.path.realpath(path))
+            write_whole(real, data, real.with_name(f".{real.name}.{os.getpid()}.part"))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _takes_bytes(path: Path) -> bool:
+    """Whether there is a device or a pipe, or another process's file."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    special = stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode)
+    return special or path.parts[:2] in (("/", "dev"), ("/", "proc"))
+
+
 def publish_folder(part: Path, folder: Path) -> None:
     """Rename the finished folder `part` to `folder`, in place of an older one, which is removed.
 

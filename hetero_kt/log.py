@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -17,9 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from hetero_kt.distributed.agreement import Unwritable
+from hetero_kt.distributed.agreement import Unwritable, agreed
 from hetero_kt.distributed.launch import Ranks
+from hetero_kt.documents import json_lines
+from hetero_kt.files import open_regular, write_whole
 
+LOG, BOARD = "metrics.jsonl", "tensorboard"
+"""In a run's folder."""
 SHOWN = ("/loss", *(f"/test_{name}" for name in ("top1", "exact", "error", "accuracy", "overall", "r_mean")))
 """What stands beside the progress bar: losses, and the first figure of each task."""
 
@@ -42,17 +50,10 @@ class Log:
         self.name = name
 
     def __enter__(self) -> Log:
+        with agreed():
+            if self.ranks.first:
+                self._open()
         if self.ranks.first:
-            path = self.folder / "metrics.jsonl"
-            try:
-                lines = path.read_text().splitlines() if path.exists() else []
-                part = path.with_suffix(".part")
-                part.write_text("".join(line + "\n" for line in lines if self._stays(line)))
-                os.replace(part, path)  # in one go: a kill here must not cost the run its history
-                self.file = path.open("a", buffering=1)
-                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start + 1)
-            except OSError as error:
-                raise Unwritable(path, error) from error
             self.console = Console()
             columns = (
                 TextColumn("{task.description}"),
@@ -65,12 +66,53 @@ class Log:
             self.progress.start()
         return self
 
-    def _stays(self, line: str) -> bool:
-        """False for what a stopped run wrote after its last checkpoint, and for a line that a kill cut short."""
+    def _open(self) -> None:
+        """Open the log behind what an earlier start has left in it.
+
+        Raises:
+            ValueError: what lies in its place is no log, or it cannot be written.
+        """
+        path, board = self.folder / LOG, self.folder / BOARD
+        if board.exists() and not board.is_dir():
+            raise ValueError(f"{board} is no folder, and TensorBoard's files go there: move it away and start again.")
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            return False
+            earlier: contextlib.AbstractContextManager[BinaryIO] = open_regular(path)
+        except FileNotFoundError:
+            earlier = contextlib.nullcontext(io.BytesIO())
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}): move it away and start again.") from error
+        try:
+            with earlier as lines:
+                write_whole(path, lambda part: self._keep(lines, part))  # a kill must not cost the run its history
+            self.file = path.open("a", buffering=1)
+        except OSError as error:
+            raise Unwritable(path, error) from error
+        try:
+            self.board = SummaryWriter(str(board), purge_step=self.start + 1)
+        except OSError as error:
+            raise Unwritable(board, error) from error
+
+    def _keep(self, lines: BinaryIO, part: Path) -> None:
+        """Copy what stays. A line that a kill cut short goes; where others are damaged, the file is set aside as it is,
+        and the run goes on."""
+        damaged, cut = 0, False
+        with part.open("wb") as kept:
+            for line, values in json_lines(lines):
+                damaged += cut
+                step = values.get("step") if values else None
+                cut = values is None or type(step) is not int or step < 0
+                if values is not None and not cut and self._stays(values):
+                    kept.write(line.rstrip(b"\n") + b"\n")
+        if not damaged:
+            return
+        path = self.folder / LOG
+        numbers = itertools.chain(("",), itertools.count(2))
+        aside = next(to for n in numbers if not os.path.lexists(to := path.with_name(f"{LOG}.damaged{n}")))
+        shutil.copyfile(path, aside)
+        print(f"{path} has damaged lines, which are left out: {aside} has them all", flush=True)
+
+    def _stays(self, values: Mapping[str, Any]) -> bool:
+        """False for what a stopped run wrote after its last checkpoint."""
         told_again = self.evaluated_again and any("/test_" in name for name in values)
         return values["step"] < self.start or (values["step"] == self.start and not told_again)
 
@@ -140,7 +182,10 @@ class Log:
         written = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             self.file.write(json.dumps({"step": step, **written}) + "\n")
+        except OSError as error:
+            raise Unwritable(self.folder / LOG, error) from error
+        try:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
         except OSError as error:
-            raise Unwritable(self.folder / "metrics.jsonl", error) from error
+            raise Unwritable(self.folder / BOARD, error) from error

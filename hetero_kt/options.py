@@ -19,6 +19,7 @@ import tyro
 from hetero_kt.checks import check, zero_block
 from hetero_kt.config import PAIRS, Data, Distill, MergeNet, Recipe, Teacher, nearest, read_recipe, root, to_yaml
 from hetero_kt.distributed.environment import likely_rank, place
+from hetero_kt.messages import printable
 from hetero_kt.models import is_known, known
 
 Variants = Mapping[str, Callable[[], Recipe]]
@@ -108,7 +109,8 @@ def leave(error: Exception, status: int = 2, alone: bool = False) -> NoReturn:
     """
     if alone or is_first_rank():
         rank = likely_rank()
-        print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
+        said = printable(str(error))  # names in it may be a stranger's
+        print(f"error: rank {rank}: {said}" if rank else f"error: {said}", file=sys.stderr, flush=True)
     else:
         _let_the_first_speak()
     raise SystemExit(status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from hetero_kt.distributed.checkpoint import Checkpoints, Written
 from hetero_kt.distributed.heartbeat import Heartbeat
 from hetero_kt.distributed.launch import Ranks, StopSignal, fresh_seed, seed_everything
 from hetero_kt.evaluate import averaged_buffers
+from hetero_kt.files import write_whole
 from hetero_kt.log import Log
 from hetero_kt.methods import Diverged, Method
 from hetero_kt.nn.reencode import plain_state_dict
@@ -202,6 +202,4 @@ class Trainer:
 
 def write_safetensors(name: str, module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """`<path>.safetensors`, in one go."""
-    target = path.with_suffix(".safetensors")
-    save_file(state, target.with_suffix(".part"))
-    os.replace(target.with_suffix(".part"), target)
+    write_whole(path.with_suffix(".safetensors"), lambda part: save_file(state, part))

@@ -241,14 +241,22 @@ def test_students_of_other_teachers_are_kept_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("result.json", '{"recipe": "toy", "cont', "has a result.json that cannot be read (JSONDecodeError)"),
-        ("result.json", "[]", "has a result.json that cannot be read (TypeError)"),
-        ("result.json", "{}", "has a result.json that cannot be read (KeyError)"),
+        (
+            "result.json",
+            '{"recipe": "toy", "cont',
+            "has a result.json that cannot be read (it is not JSON (Unterminated string",
+        ),
+        ("result.json", "[]", "has a result.json that cannot be read (the file is [], no mapping)"),
+        ("result.json", "{}", "has a result.json that cannot be read (recipe is None, no text)"),
         ("result.json", '{"recipe": "toy", "control": "none", "seed": "x"}', "has a result.json that cannot be read"),
-        ("result.json", '{"metrics": {"cnn": {"loss": 1' + 400 * "0" + "}}}", "cannot be read (OverflowError)"),
+        (
+            "result.json",
+            '{"metrics": {"cnn": {"loss": 1' + 400 * "0" + "}}}",
+            "cannot be read (recipe is None, no text)",
+        ),
         ("result.json", None, "is not finished"),
-        ("data.json", "[1]", "has a data.json that cannot be read (TypeError)"),
-        ("data.json", '{"data": 3}', "has a data.json that cannot be read (TypeError)"),
+        ("data.json", "[1]", "has a data.json that cannot be read (the file is [1], no mapping)"),
+        ("data.json", '{"data": 3}', "has a data.json that cannot be read ('data' is 3, no mapping)"),
     ],
 )
 def test_a_damaged_run_is_named_and_the_others_are_reported(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def write_rank(folder: Path, rank: int, entries: Sequence[Entry], about: Mapping
         for entry in entries
     }
     index.write_text(json.dumps({"layout": LAYOUT, "rank": rank, "tensors": tensors, **about}))
+    data.chmod(stat.S_IMODE(index.stat().st_mode))  # as the umask says; safetensors' own mode is for the owner alone
     return {file.name: {"bytes": file.stat().st_size, "crc32": checksum(file, sync=True)} for file in (data, index)}
 
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-import os
 import re
 import shutil
 import types
@@ -43,6 +41,8 @@ from transformers.initialization import no_init_weights
 
 from hetero_kt.data.text import Tokenizer
 from hetero_kt.distributed import load_deepspeed
+from hetero_kt.documents import mapping, read_json
+from hetero_kt.files import publish_folder
 from hetero_kt.messages import first_line
 
 Task = Literal["question_answering", "classification", "masked_lm"]
@@ -173,9 +173,7 @@ def save(model: nn.Module, state: Mapping[str, Tensor], folder: str | Path, toke
     save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(part)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(part, folder)
+    publish_folder(part, folder)
 
 
 # --- configurations ---
@@ -238,8 +236,7 @@ def found_folder(name: str, rest: str) -> Path:
 
 def _config(name: str, folder: Path) -> tuple[str, Any]:
     try:
-        content = json.loads((folder / "config.json").read_text())
-        kind = content["model_type"]
+        kind = mapping(read_json(folder / "config.json"), "the file")["model_type"]
         configs: dict[str, Any] = {"bert": BertConfig, "distilbert": DistilBertConfig}
         return kind, configs[kind].from_pretrained(str(folder), local_files_only=True)
     except Exception as error:

@@ -13,13 +13,17 @@ Spread is always the population standard deviation over seeds (divided by n, not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from hetero_kt.files import write_whole
+from hetero_kt.messages import first_line, printable
 from hetero_kt.report import comparison, history, runs, text
 from hetero_kt.report.comparison import Experiment, Sheet
 
@@ -53,7 +57,7 @@ class Report:
 
 def _remark(console: Console, notes: Iterable[str]) -> None:
     for note in notes:
-        console.print(Text(note), style="dim", soft_wrap=True)
+        console.print(Text(printable(note)), style="dim", soft_wrap=True)
 
 
 def gather(
@@ -83,20 +87,66 @@ def gather(
         more, note = show.beside(recipes, sheets, found)
         sheets += more
         notes += [note] if note else []
+    counted = (run for experiment in experiments for run in experiment.runs())
+    notes += filter(None, (history.too_large(run.folder) for run in counted))
     return Report(tuple(experiments), tuple(sheets), tuple(dict.fromkeys(notes)))
 
 
 def finish(folder: str | Path, console: Console | None = None) -> None:
-    """What a launcher ends with: the comparison, printed and in `report.md`, `report.html` and `curves.png`."""
+    """What a launcher ends with: the comparison, printed and in `report.md`, `report.html` and `curves.png`.
+
+    The run has finished before: whatever goes wrong with its report is said in one sentence and raised to nobody, or
+    the launcher's status would cancel the jobs that wait for it.
+    """
+    folder = Path(folder)
+    console = console or Console()
+    problems = _finish(folder, console)
+    with _whoever_reads():
+        for problem in problems:
+            console.print(Text(printable(problem)), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _whoever_reads() -> Iterator[None]:
+    """Inside, it matters to nobody whether a terminal has gone or knows no such letters."""
+    with contextlib.suppress(OSError, UnicodeError, SystemExit):  # rich leaves the program where a pipe has closed
+        yield
+
+
+def _finish(folder: Path, console: Console) -> list[str]:
+    """Sentences on what went wrong."""
     from hetero_kt.report import figures, page
 
-    console, folder = console or Console(), Path(folder)
-    report = gather([folder], tables=())
-    report.show(console)
-    if not report.experiments:
-        return
-    (folder / "report.md").write_text(report.markdown(), encoding="utf-8")
-    page.write(report, folder / "report.html")
-    figures.curves(report.experiments, folder / "curves.png")
-    files = ", ".join(str(folder / name) for name in ("report.md", "report.html", "curves.png"))
-    console.print(f"Written: {files}", highlight=False, soft_wrap=True)
+    later = f"the runs have finished, and `hetero-kt report {folder}` shows them"
+    try:
+        report = gather([folder], tables=())
+        with _whoever_reads():
+            report.show(console)
+        if not report.experiments:
+            return []
+        forms: dict[str, Callable[[], str | bytes]] = {
+            "report.md": report.markdown,
+            "report.html": lambda: page.html(report),
+            "curves.png": lambda: figures.curves_png(report.experiments),
+        }
+    except Exception as error:
+        return [f"{folder} cannot be reported ({_reason(error)}): {later}."]
+    problems, written = [], []
+    for name, form in forms.items():
+        file = folder / name
+        try:
+            # Jobs of one recipe may end at once, and each writes the report of all.
+            write_whole(file, form(), folder / f".{name}.{os.getpid()}.part")
+            written.append(str(file))
+        except Exception as error:
+            problems.append(f"{file} cannot be written ({_reason(error)}): {later}.")
+    if written:
+        with _whoever_reads():
+            console.print(Text(printable(f"Written: {', '.join(written)}")), soft_wrap=True)
+    return problems
+
+
+def _reason(error: Exception) -> str:
+    known = isinstance(error, OSError | ValueError)
+    said = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return said if known else f"{type(error).__name__}: {said}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from hetero_kt.config import Control, Distill, Recipe, differences, flat
 from hetero_kt.report import metrics
 from hetero_kt.report.history import chosen
-from hetero_kt.report.runs import Run, one_per_seed, tested_apart, trained_on_other_ranks, values
+from hetero_kt.report.runs import LENGTH, Run, one_per_seed, tested_apart, trained_on_other_ranks, values
 from hetero_kt.statistics import Difference, Spread, paired, spread
 
 BASELINE: Control = "none"
@@ -95,6 +95,7 @@ def experiments(found: Iterable[Run]) -> tuple[list[Experiment], list[str]]:
     found = list(found)
     notes = [f"{run.folder} {run.problem}: it does not count." for run in found if run.problem]
     finished = [run for run in found if run.finished]
+    notes += [f"{run.folder} has {run.left_out}." for run in finished if run.left_out]
     for reason in dict.fromkeys(run.unknown for run in finished if run.unknown):
         places = _places([run for run in finished if run.unknown == reason])
         notes.append(f"Compared by name and steps alone, each {reason}: {places}.")
@@ -161,7 +162,7 @@ def _apart(a: Run, b: Run, part: Callable[[Recipe], Recipe]) -> str:
             return "a recipe.yaml" if a.recipe is None else "no recipe.yaml"
         return "" if a.steps == b.steps else f"{b.steps} steps"
     ours, theirs = part(a.recipe), part(b.recipe)
-    found = [f"{path} {flat(theirs).get(path)}" for path in differences(ours, theirs)]
+    found = [f"{path} {flat(theirs).get(path)}"[:LENGTH] for path in differences(ours, theirs)]
     if (a.steps == a.recipe.steps) != (b.steps == b.recipe.steps) or (not found and a.steps != b.steps):
         found.append(f"{b.steps} of {b.recipe.steps} steps done")
     if part is _own and a.seen.get("teachers") != b.seen.get("teachers"):

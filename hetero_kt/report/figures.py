@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hetero_kt.files import write_named
+from hetero_kt.messages import printable
 from hetero_kt.report import text
 from hetero_kt.report.comparison import BASELINE, Cell, Experiment, Line, Sheet
 from hetero_kt.report.history import band, first_of, history
@@ -33,23 +38,54 @@ SPARE_COLOURS = ("#0b62b8", "#d17a22", "#3c8d5a", "#b03a6a", "#8468b8", "#4d4d4d
 INK, GRID = "#333333", "#e4e4e4"
 
 
+MODELS = 12
+"""So many are drawn, a column each."""
+PANELS = 100
+"""So many comparisons are drawn, one below the other."""
+PIXELS = 30_000
+"""Longest side of a picture."""
+
+
 def curves(experiments: Sequence[Experiment], png: str | Path) -> None:
     """Draw every model's leading metric and training loss over the steps, a line per arm, seeds as a band.
+
+    Raises:
+        ValueError: no finished run to draw.
+        OSError: the file cannot be written.
+    """
+    write_named(png, curves_png(experiments))
+
+
+def curves_png(experiments: Sequence[Experiment]) -> bytes:
+    """What `curves` writes.
 
     Raises:
         ValueError: no finished run to draw.
     """
     if not experiments:
         raise ValueError("No run that counts has finished: there are no curves to draw yet.")
-    _save(_curves(experiments), png)
+    with _plainly():
+        return _png(_curves(experiments))
 
 
-def _save(figure: Figure, png: str | Path) -> None:
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Inside, a name with dollars is no formula, and letters that no font has are no news."""
+    import matplotlib
+
+    with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def _png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    Path(png).parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    figure.savefig(png, format="png", dpi=160, facecolor="white")
+    stream = io.BytesIO()
+    dpi = min(160, PIXELS / max(figure.get_size_inches()))
+    figure.savefig(stream, format="png", dpi=dpi, facecolor="white")
+    return stream.getvalue()
 
 
 def _curves(experiments: Sequence[Experiment]) -> Figure:
@@ -63,7 +99,8 @@ def _curves(experiments: Sequence[Experiment]) -> Figure:
             groups[label] = arm.label, list(arm.runs.values())
     runs = [run for _, group in groups.values() for run in group]
     logs = {run.folder: history(run.folder) for run in runs}
-    models = list(dict.fromkeys(model for run in runs for model in run.metrics))
+    everyone = list(dict.fromkeys(model for run in runs for model in run.metrics))
+    models = everyone[:MODELS]
     figure = Figure(figsize=(max(4.6 * len(models), 5.2), 6.2), layout="constrained")
     axes = figure.subplots(2, len(models), squeeze=False, sharex="col")
     handles: dict[str, Any] = {}
@@ -80,12 +117,16 @@ def _curves(experiments: Sequence[Experiment]) -> Figure:
                 colour = spare if several else COLOURS.get(kind, spare)
                 line = _draw(ax, [first_of(logs[run.folder], keys) for run in group], colour, kind == BASELINE)
                 if line is not None:
-                    handles.setdefault(f"{name} ({len(group)})" if len(group) > 1 else name, line)
+                    label = f"{name} ({len(group)})" if len(group) > 1 else name
+                    handles.setdefault(printable(label), line)
         axes[0][column].set_title(model, loc="left", fontsize=11, fontweight="bold", color=INK)
         axes[1][column].set_xlabel("step", color=INK, fontsize=9)
     figure.align_ylabels()
     if handles:
-        names = ", ".join(dict.fromkeys(experiment.title for experiment in experiments))
+        titles = list(dict.fromkeys(printable(experiment.title) for experiment in experiments))
+        names = ", ".join(titles[:5]) + (f" and {len(titles) - 5} more" if len(titles) > 5 else "")
+        if len(everyone) > MODELS:
+            names += f", the first {MODELS} of {len(everyone)} models"
         banded = any(len(group) > 1 for _, group in groups.values())
         legend = figure.legend(
             list(handles.values()),
@@ -123,7 +164,7 @@ def _draw(ax: Axes, series: Sequence[Mapping[int, float]], colour: str, dashed: 
 def _frame(ax: Axes, label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ax.set_ylabel(label, color=INK, fontsize=9)
+    ax.set_ylabel(printable(label), color=INK, fontsize=9)
     ax.grid(axis="y", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.tick_params(colors=INK, labelsize=8, length=0)
@@ -146,7 +187,9 @@ def intervals(sheets: Sequence[Sheet], png: str | Path) -> None:
     panels = [(sheet, metric, rows) for sheet in sheets for metric, rows in compared(sheet)]
     if not panels:
         raise ValueError("No row differs from a baseline yet, ours or a published one: there is nothing to draw.")
-    _save(_intervals(panels), png)
+    with _plainly():
+        content = _png(_intervals(panels[:PANELS]))
+    write_named(png, content)
 
 
 def compared(sheet: Sheet) -> list[tuple[str, list[Line]]]:
@@ -194,13 +237,17 @@ def _intervals(panels: Sequence[tuple[Sheet, str, list[Line]]]) -> Figure:
                 if None not in ends:
                     ax.plot(ends, [y, y], color=COLOURS["transfer"], linewidth=2, solid_capstyle="butt", zorder=4)
                 ax.plot(cell.difference.mean, y, marker="o", markersize=6, color=COLOURS["transfer"], zorder=5)
-        ax.set_yticks(range(len(rows)), [line.label for line in rows])
+        ax.set_yticks(range(len(rows)), [printable(line.label) for line in rows])
         ax.set_ylim(len(rows) - 0.4, -0.6)
         _about_zero(ax)
         ax.set_title(
-            "\n".join(textwrap.wrap(text.title(sheet), 64)), loc="left", fontsize=9, fontweight="bold", color=INK
+            "\n".join(textwrap.wrap(printable(text.title(sheet)), 64)),
+            loc="left",
+            fontsize=9,
+            fontweight="bold",
+            color=INK,
         )
-        ax.set_xlabel(f"{heading(metric)}: difference to the baseline", color=INK, fontsize=8)
+        ax.set_xlabel(f"{printable(heading(metric))}: difference to the baseline", color=INK, fontsize=8)
     _explain(figure, any(sheet.published for sheet, _, _ in panels))
     return figure
 

@@ -2,36 +2,82 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from hetero_kt.documents import EXACT, json_lines
+from hetero_kt.files import open_regular
 from hetero_kt.report import metrics
-from hetero_kt.report.runs import Run
+from hetero_kt.report.runs import LARGEST, Run
 
 POINTS = 100
 """Longest curve drawn: more points than that are averaged in bins, or noise hides the difference."""
+LEAST = 1e-100
+"""Smaller numbers, 0 aside, are no measurements, and no axis has room for them."""
+
+
+MOST = 256 * 2**20
+"""Bytes of a metrics.jsonl that are read: some seconds of work."""
+VALUES = 4_000_000
+"""Numbers and lines of it that are read."""
+SERIES = 1_000
+"""Names of losses and evaluations that are read, and as many others."""
 
 
 def history(folder: Path) -> dict[str, dict[int, float]]:
     """A run's `metrics.jsonl` as key -> step -> value; the later line wins, a half-written one is skipped, and so is a
     value that is no number: one infinite loss would leave an axis, and with it all arms' curves, without a scale."""
+    return read(folder)[0]
+
+
+def read(folder: Path) -> tuple[dict[str, dict[int, float]], str]:
+    """As `history`, and what of the file was left out, since there is too much of it; empty where nothing was."""
     series: dict[str, dict[int, float]] = {}
-    path = folder / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-            step = int(record.pop("step"))
-            values = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            continue  # a run that was killed while it wrote this line
-        for key, value in values.items():
-            series.setdefault(key, {})[step] = value
-    return {key: {step: value for step, value in one.items() if math.isfinite(value)} for key, one in series.items()}
+    if too_large(folder):
+        return series, too_large(folder)
+    names, left, room = {True: 0, False: 0}, 0, VALUES
+    try:
+        with open_regular(folder / "metrics.jsonl") as stream:
+            for _, record in json_lines(stream):
+                room -= 1
+                step = record.pop("step", None) if record else None
+                if record is None or type(step) is not int or not 0 <= step <= EXACT:
+                    continue  # a run that was killed while it wrote this line
+                for key, value in record.items():
+                    if type(value) not in (int, float) or not (value == 0 or LEAST <= abs(value) <= LARGEST):
+                        continue
+                    if key not in series:
+                        led = key.endswith("/loss") or "/test_" in key
+                        if names[led] >= SERIES:
+                            left += 1
+                            continue
+                        names[led] += 1
+                        series[key] = {}
+                    series[key][step] = float(value)
+                    room -= 1
+                if room <= 0:
+                    return (
+                        series,
+                        f"{folder} has a metrics.jsonl of more than {VALUES:,} numbers: the rest is left out.",
+                    )
+    except OSError:  # there is none, or it is none
+        return {}, ""
+    many = f"{folder} has a metrics.jsonl of more than {SERIES:,} names: the others are left out." if left else ""
+    return series, many
+
+
+def too_large(folder: Path) -> str:
+    """A sentence where a metrics.jsonl is too large to be read; empty where it is not."""
+    try:
+        size = (folder / "metrics.jsonl").stat().st_size
+    except OSError:
+        return ""
+    if size <= MOST:
+        return ""
+    return f"{folder} has a metrics.jsonl of {size:,} bytes, more than the {MOST:,} that are read: it has no curves."
 
 
 def first_of(log: Mapping[str, dict[int, float]], keys: Sequence[str]) -> dict[int, float]:

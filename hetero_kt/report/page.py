@@ -9,18 +9,21 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from hetero_kt.files import write_named
+from hetero_kt.messages import printable, shown
 from hetero_kt.nn.adapter import UNFOLDINGS
-from hetero_kt.report import Report, charts, text
+from hetero_kt.report import Report, charts, history, text
 from hetero_kt.report.comparison import Arm, Cell, Experiment, Sheet
 from hetero_kt.report.figures import compared
-from hetero_kt.report.history import band, first_of, history
+from hetero_kt.report.history import band, first_of
 from hetero_kt.report.metrics import heading, leading
-from hetero_kt.report.runs import Run
+from hetero_kt.report.runs import LENGTH, Run
 
 STYLES = ("none", "transfer", "noise", "shuffled", "frozen", "standardise", "sharing")
 """Arms with a line style of their own, in the order of the page's; others take them in turn."""
@@ -30,6 +33,12 @@ PATH = {
     "change": ("proposed change", "relative to the size of the weight"),
 }
 """What a transfer logs besides omega: its title and what it is."""
+
+
+COMMAND, ENTRIES = 5_000, 20
+"""Characters of a command that are shown, and entries of a mapping."""
+PATHS, LAYERS = 20, 20
+"""So many transfers of an experiment are drawn, and layers of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +51,19 @@ class Group:
 
 def write(report: Report, file: str | Path) -> None:
     """Write the page to `file`."""
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(html(report), encoding="utf-8")
+    write_named(file, html(report))
 
 
 def html(report: Report) -> str:
     """The page."""
-    environment = Environment(
-        loader=PackageLoader("hetero_kt.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     compared_ones = [sheet for sheet in report.sheets if not sheet.published]
     published = [sheet for sheet in report.sheets if sheet.published]
     runs = [run for experiment in report.experiments for run in experiment.runs()]
-    return environment.get_template("page.html").render(
+    curves = [(experiment, *_curves(experiment)) for experiment in report.experiments]
+    page = _template().render(
         sections=[(sheet, _differences(sheet)) for sheet in published],
         comparisons=[(sheet, _differences(sheet)) for sheet in compared_ones],
-        curves=[(experiment, groups) for experiment in report.experiments if (groups := _curves(experiment))],
+        curves=[one for one in curves if any(one[1:])],
         origins=[_origin(run) for run in runs],
         commands=_commands(runs),
         notes=report.notes,
@@ -71,6 +73,19 @@ def html(report: Report) -> str:
         heading=heading,
         Cell=Cell,
     )
+    return "\n".join(map(printable, page.split("\n")))
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("hetero_kt.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
 
 
 def _names(report: Report) -> str:
@@ -88,9 +103,12 @@ def _differences(sheet: Sheet) -> list[charts.Chart]:
     return [charts.intervals(sheet, metric, rows) for metric, rows in compared(sheet)]
 
 
-def _curves(experiment: Experiment) -> list[Group]:
-    """What the runs did over their steps: the models' metrics and losses, then each transfer's own."""
-    logs = {run.folder: history(run.folder) for run in experiment.runs()}
+def _curves(experiment: Experiment) -> tuple[list[Group], list[str]]:
+    """What the runs did over their steps: the models' metrics and losses, then each transfer's own. And what was left
+    out of it."""
+    read = {run.folder: history.read(run.folder) for run in experiment.runs()}
+    logs = {folder: log for folder, (log, _) in read.items()}
+    notes = [note for _, note in read.values() if note]
     styles = _styles(experiment)
 
     def arms(*keys: str) -> list[charts.Curve]:
@@ -109,10 +127,13 @@ def _curves(experiment: Experiment) -> list[Group]:
             charts.lines(f"{model} in training", "loss", arms(f"{model}/loss")),
         ]
         groups.append(_group(model, made))
-    for path in _paths(logs.values()):
+    paths = _paths(logs.values())
+    if len(paths) > PATHS:
+        notes.append(f"{len(paths):,} transfers were logged: the first {PATHS} are drawn.")
+    for path in paths[:PATHS]:
         made = [charts.lines(title, what, arms(f"{path}/{name}")) for name, (title, what) in PATH.items()]
         groups.append(_group(f"Transfer {path}", [*made, *_omega(experiment, logs, path)]))
-    return [group for group in groups if group.charts]
+    return [group for group in groups if group.charts], notes
 
 
 def _group(title: str, made: Sequence[charts.Chart | None]) -> Group:
@@ -141,12 +162,14 @@ def _omega(experiment: Experiment, logs: Mapping[Path, Any], path: str) -> list[
 
 def _omega_of(arm: Arm, of_which: str, logs: Mapping[Path, Any], path: str) -> list[charts.Chart | None]:
     own = [logs[run.folder] for run in arm.runs.values()]
-    found = [re.fullmatch(rf"{re.escape(path)}/omega(\d+)\.(\d+)", key) for log in own for key in log]
+    found = [
+        re.fullmatch(rf"{re.escape(path)}/omega(\d{{1,3}})\.(\d{{1,3}})", key, re.ASCII) for log in own for key in log
+    ]
     layers: dict[int, dict[int, None]] = {}
     for match in filter(None, found):
         layers.setdefault(int(match[1]), {})[int(match[2])] = None
     made = []
-    for layer, unfoldings in sorted(layers.items()):
+    for layer, unfoldings in sorted(layers.items())[:LAYERS]:
         curves = []
         for i in sorted(unfoldings):
             label = " <- ".join(UNFOLDINGS[i]) if i < len(UNFOLDINGS) else str(i)
@@ -161,20 +184,20 @@ def _omega_of(arm: Arm, of_which: str, logs: Mapping[Path, Any], path: str) -> l
 def _origin(run: Run) -> dict[str, str]:
     """Where a run's numbers came from."""
     told = run.result
-    ranks = told.get("world_size", "")
+    ranks = run.ranks or ""
     stages, versions = _mapping(told.get("zero_stage")), _mapping(told.get("versions"))
-    zero = ", ".join(dict.fromkeys(f"ZeRO-{stage}" for stage in stages.values()))
+    zero = ", ".join(dict.fromkeys(f"ZeRO-{_short(stage)}" for stage in stages.values()))
     seconds = told.get("wall_seconds")
-    took = f"{float(seconds):,.0f} s" if isinstance(seconds, int | float) else ""
+    took = f"{float(seconds):,.0f} s" if isinstance(seconds, int | float) and 0 <= seconds < 1e12 else ""
     return {
         "recipe": run.name,
         "arm": run.arm,
         "seed": str(run.seed),
         "steps": str(run.steps),
-        "hardware": ", ".join(filter(None, (f"{ranks} x {told.get('device', '')}", zero))),
+        "hardware": ", ".join(filter(None, (f"{ranks} x {_short(told.get('device', ''))}", zero))),
         "took": took,
-        "commit": str(told.get("commit", "")),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": _short(told.get("commit", "")),
+        "versions": ", ".join(f"{name} {_short(version)}" for name, version in versions.items()),
         "folder": str(run.folder),
     }
 
@@ -183,7 +206,8 @@ def _commands(runs: Sequence[Run]) -> dict[str, str]:
     """Each command that made some of the runs, and which."""
     made: dict[str, dict[str, list[int]]] = {}
     for run in runs:
-        if command := str(run.result.get("command", "")):
+        command = run.result.get("command")
+        if isinstance(command, str) and (command := command[:COMMAND]):
             made.setdefault(command, {}).setdefault(f"{run.name}, {run.arm}", []).append(run.seed)
     return {command: "; ".join(map(_with_seeds, arms, arms.values())) for command, arms in made.items()}
 
@@ -193,4 +217,10 @@ def _with_seeds(arm: str, seeds: Sequence[int]) -> str:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    """A few of its entries, by short names."""
+    entries = value.items() if isinstance(value, dict) else ()
+    return {_short(name): entry for name, entry in itertools.islice(entries, ENTRIES)}
+
+
+def _short(value: Any) -> str:
+    return value[:LENGTH] if isinstance(value, str) else shown(value)

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from hetero_kt.messages import printable
 from hetero_kt.report.comparison import Cell, Line, Sheet
 from hetero_kt.report.metrics import DETAILS, digits, heading
 from hetero_kt.statistics import CONFIDENCE, Difference
@@ -124,7 +125,7 @@ def rich_tables(sheet: Sheet, width: int) -> list[Table]:
 
 def _empty(title: str) -> Table:
     # Names as Text: what they have in brackets would be markup to rich.
-    return Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    return Table(title=Text(printable(title)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
 
 
 def _published_table(sheet: Sheet) -> Table:
@@ -136,7 +137,7 @@ def _published_table(sheet: Sheet) -> Table:
     for label, *cells in _published_rows(sheet):
         # What is in brackets goes below its number, or a terminal has no room for names.
         stacked = [cell.replace(" (", "\n(").replace(" [", "\n[") for cell in cells[1:]]
-        shown.add_row(Text(label if label != before else ""), *map(Text, (cells[0], *stacked)))
+        shown.add_row(Text(printable(label) if label != before else ""), *map(Text, (cells[0], *stacked)))
         before = label
     return shown
 
@@ -148,14 +149,14 @@ def _table(sheet: Sheet, columns: Mapping[str, Sequence[Text]], continued: bool)
     for name, *_ in columns.values():
         shown.add_column(name, justify="right", no_wrap=True)
     for i, line in enumerate(sheet.lines):
-        shown.add_row(Text(line.label), str(len(line.seeds)), *(cells[i + 1] for cells in columns.values()))
+        shown.add_row(Text(printable(line.label)), str(len(line.seeds)), *(cells[i + 1] for cells in columns.values()))
     return shown
 
 
 def _column(sheet: Sheet, metric: str) -> list[Text]:
     """Its heading, then a cell per line."""
     cells = (_stacked(line.cells[metric], metric) if metric in line.cells else Text() for line in sheet.lines)
-    return [Text(heading(metric)), *cells]
+    return [Text(printable(heading(metric))), *cells]
 
 
 def _stacked(cell: Cell, metric: str) -> Text:
@@ -197,8 +198,11 @@ def _pipes(cells: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """On one line, and no markup where a name looks like a tag."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split()))
+    """On one line, and no markup where a name looks like a tag, a link or a picture: no reader may fetch anything."""
+    text = printable(" ".join(text.split()))
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    text = re.sub(r"\](?=[(\[:])", r"]\\", text)
+    return re.sub(r":(?=//)", r":\\", re.sub(r"(?i)(www)(?=\.)", r"\1\\", text))
 
 
 COLUMNS = (
@@ -219,7 +223,13 @@ def as_csv(sheets: Sequence[Sheet]) -> str:
                 found = (cell.ours.mean, cell.ours.std, cell.ours.n) if cell.ours else ("", "", 0)
                 gap = cell.difference
                 apart = (gap.mean, gap.low, gap.high, len(gap.seeds)) if gap else ("", "", "", "")
-                start = (sheet.title, line.label, line.baseline, metric)
+                start = map(_cell, (sheet.title, line.label, line.baseline, metric))
                 theirs = "" if cell.published is None else cell.published
                 writer.writerow((*start, theirs, *found, *apart, sheet.chosen or "last"))
     return file.getvalue()
+
+
+def _cell(text: str) -> str:
+    """A text for a spreadsheet, which would take it for a formula by its first character."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")) else text

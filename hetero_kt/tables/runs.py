@@ -112,10 +112,10 @@ def evaluated(lines: Sequence[Line], budget: Budget) -> list[str]:
     texts: dict[str, None] = {}
     for line in lines:
         for run in line.runs.values():
-            tested = run.tested(line.row.models[budget])
-            if line.wanted is None or not isinstance(tested, dict) or "samples" not in tested:
+            samples = run.samples(line.row.models[budget])
+            if line.wanted is None or samples is None:
                 continue
             data = line.wanted.data[line.wanted.models[line.row.models[budget]].data]
             held_out = ", held out of the training set" if data.validation else ""
-            texts[f"Ours on {data.folder or data.name}: {tested['samples']:,} samples{held_out}."] = None
+            texts[f"Ours on {data.folder or data.name}: {samples:,} samples{held_out}."] = None
     return list(texts)
