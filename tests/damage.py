@@ -276,7 +276,7 @@ def hostile(draw: st.DrawFn, tree: Any, raw: tuple[Raw, ...] = (*RAW_JSON, *RAW_
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
         value = draw(st.sampled_from((*raw, *SCALARS, *SCALARS)))
-        where = [*_places(tree)]
+        where = [*_places(tree)] if isinstance(tree, dict | list) else []
         if not where or draw(st.integers(0, 30)) == 0:
             tree = copy.deepcopy(value)
             continue

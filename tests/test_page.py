@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Browser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_report import distilled, recipe, write
 
@@ -136,6 +136,7 @@ def test_text_of_runs_never_becomes_markup(file: Path) -> None:
     assert EVIL.replace("/", "|").replace("<", "&lt;").replace(">", "&gt;") in file.read_text(encoding="utf-8")
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=40))
 def test_any_label_is_escaped_in_charts(label: str) -> None:
     steps = np.arange(3.0)

@@ -565,8 +565,11 @@ def test_a_form_that_cannot_be_written_is_one_sentence(
     assert capsys.readouterr().err.startswith(f"error: {runs} cannot be written (Is a directory)")
 
 
-def test_arms_that_do_not_differ_have_an_interval_with_zero_95_times_in_100(tmp_path: Path) -> None:
+def test_arms_that_do_not_differ_have_an_interval_with_zero_95_times_in_100(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole way from run folders to the table, on made-up runs without any difference: 400 models of one run."""
+    monkeypatch.setattr(folders, "MODELS", 400)
     rng = np.random.default_rng(0)
     shared, own = rng.normal(60, 2, (4, 400)), rng.normal(0, 0.4, (2, 4, 400))
     for arm, control in enumerate(("none", "transfer")):
