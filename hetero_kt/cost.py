@@ -23,7 +23,7 @@ from hetero_kt.nn.branches import Branches
 from hetero_kt.nn.fused import macs as connector_macs
 from hetero_kt.nn.fused import route
 from hetero_kt.nn.losses.memory import Memory
-from hetero_kt.nn.stages import Layout, Stages, split
+from hetero_kt.nn.stages import Stages, split
 
 MOMENTS = {"sgd": 1, "adamw": 2}
 
@@ -127,6 +127,7 @@ def aside_cost(
     objective = parts.build_objective(recipe.method, ours, known, classes)
     if objective.aside is None:
         return None
+    parts.check_rows(recipe, {}, world, objective.aside)
     return objective.name, _cost(objective.aside, 0, replace(model, ema=0.0), world)
 
 
@@ -196,7 +197,7 @@ def additions(ours: Stages, theirs: Stages, settings: config.FBT, classes: int) 
     ends = {"student": ours, "teacher": theirs}
     connector = connect(ends[way.front], ends[way.tail], settings)
     branches = Branches(ours, classes, width=theirs.width)
-    features = [torch.zeros(1, *_shape(layout)) for layout in ours.layouts]
+    features = [torch.zeros(1, *layout.shape) for layout in ours.layouts]
     return Connection(
         f"{way.front} 1-3 -> L2G -> {way.tail} 4",
         sum(p.numel() for p in connector.parameters()),
@@ -224,14 +225,6 @@ def _staged(option: str, module: nn.Module, size: int) -> Stages:
         return split(module, size)
     except ValueError as error:
         raise ValueError(f"{option}: {error}.") from error
-
-
-def _shape(layout: Layout) -> tuple[int, ...]:
-    if layout.form == "NCHW":
-        return (layout.channels, *layout.grid)
-    if layout.form == "NHWC":
-        return (*layout.grid, layout.channels)
-    return (layout.prefix + layout.grid[0] * layout.grid[1], layout.channels)
 
 
 def sample(config: Data, rows: int = 1) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:

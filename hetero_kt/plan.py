@@ -74,6 +74,7 @@ def _show(recipe: Recipe, world: int, memory: float) -> None:
         )
         for name, m in recipe.models.items()
     }
+    parts.check_rows(recipe, modules, world)
     console = Console(highlight=False, width=140)
     method, aside, tables = recipe.method, None, []
     teachers: Mapping[str, Stages] = {}

@@ -61,7 +61,7 @@ def _train(recipe: Recipe, options: Options, variants: Mapping[str, Callable[[],
         wanted = [(one, options) for one in runs(recipe, options)]
         with agreed():  # hours of a teacher's training before a complaint about its student would be unkind
             for one in {one.method.arm: one for one, _ in wanted}.values():
-                parts.check_pairs(one, {made.name for made, _ in teachers})
+                parts.check_pairs(one, {made.name for made, _ in teachers}, ranks.world)
         with Heartbeat(ranks, options.patience) as pulse:
             finished = all(run(one, how, ranks, stop, pulse) for one, how in (*teachers, *wanted))
             pulse.long("leaving")

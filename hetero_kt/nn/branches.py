@@ -60,14 +60,14 @@ class _MapBranch(nn.Module):
 
     def __init__(self, k: int, layout: Layout, width: int, classes: int) -> None:
         super().__init__()
-        self.layout = layout
+        self.into = layout
         channels = [layout.channels * 2**i for i in range(4 - k)] + [width]
         steps: list[nn.Module] = [_separable(c, d) for c, d in pairwise(channels)]
         self.down = nn.Sequential(*(steps or [nn.Conv2d(layout.channels, width, 1)]))
         self.classifier = nn.Linear(width, classes)
 
     def forward(self, feature: Tensor) -> Tensor:
-        map_BCHW = to_map(feature, self.layout).to(self.classifier.weight.dtype)
+        map_BCHW = to_map(feature, self.into).to(self.classifier.weight.dtype)
         return self.classifier(self.down(map_BCHW).mean((2, 3)))
 
 
@@ -92,7 +92,7 @@ class _TokenBranch(nn.Module):
 
     def __init__(self, k: int, layout: Layout, width: int, classes: int) -> None:
         super().__init__()
-        self.layout = layout
+        self.into = layout
         channels, rows = layout.channels, min(layout.grid)
         merges: list[nn.Module] = []
         while rows >= 2 * GRID:
@@ -107,10 +107,10 @@ class _TokenBranch(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         feature = feature.to(self.classifier.weight.dtype)
-        tokens_BLC = self.merge(to_map(feature, self.layout).permute(0, 2, 3, 1)).flatten(1, 2)
-        if not self.layout.prefix:
+        tokens_BLC = self.merge(to_map(feature, self.into).permute(0, 2, 3, 1)).flatten(1, 2)
+        if not self.into.prefix:
             return self.classifier(self.blocks(tokens_BLC).mean(1))
-        prefix_BLC = feature[:, : self.layout.prefix]  # models with class tokens keep one width throughout
+        prefix_BLC = feature[:, : self.into.prefix]  # models with class tokens keep one width throughout
         return self.classifier(self.blocks(torch.cat([prefix_BLC, tokens_BLC], 1))[:, 0])
 
 

@@ -44,6 +44,15 @@ class Layout:
     prefix: int = 0
     """Class and register tokens in front of the patches; NLC only."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one row's feature."""
+        if self.form == "NCHW":
+            return (self.channels, *self.grid)
+        if self.form == "NHWC":
+            return (*self.grid, self.channels)
+        return (self.prefix + self.grid[0] * self.grid[1], self.channels)
+
 
 def to_map(feature: Tensor, layout: Layout) -> Tensor:
     """Any form -> (B, C, H, W), without prefix tokens; a view where memory order allows one."""

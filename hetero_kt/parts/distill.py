@@ -25,6 +25,7 @@ from hetero_kt.models.stored import fill as fill_store
 from hetero_kt.models.teacher import RANDOM, Frozen, build_teacher, weights_of
 from hetero_kt.nn.stages import Stages, expose, split
 from hetero_kt.parts.models import check_precision, learner_of, parameters, seed_by_name
+from hetero_kt.parts.norms import check_rows
 from hetero_kt.parts.prepared import Prepared
 
 
@@ -77,6 +78,7 @@ def prepare_distill(
     aside = objective.aside.to(ranks.device) if objective.aside is not None else None
     if aside is not None:
         check_precision(f"--models.{name}.precision", model.precision, aside, f"{method.objective}'s {objective.name}")
+        check_rows(recipe, {}, ranks.world, aside)
 
     def fill() -> None:
         rows = model.micro_batch or pictures.batch // ranks.world
@@ -130,9 +132,9 @@ def store_of(recipe: Recipe, name: str, teacher: Frozen, loader: Any) -> Store:
     return Store(root, about, loader.samples, pictures.augmentations or 1, loader.classes)
 
 
-def check_pairs(recipe: Recipe, made_before: set[str]) -> None:
-    """Refuse, before anything trains, models without stages, pairs that an objective does not suit, and teachers whose
-    weights will not be there.
+def check_pairs(recipe: Recipe, made_before: set[str], world: int = 1) -> None:
+    """Refuse, before anything trains, models without stages, pairs that an objective does not suit, a student with too
+    few rows for its BatchNorm, and teachers whose weights will not be there.
 
     Args:
         made_before: recipes that will have run by then.
@@ -146,6 +148,7 @@ def check_pairs(recipe: Recipe, made_before: set[str]) -> None:
     ((name, model),) = recipe.models.items()
     pictures = recipe.data[model.data]
     staged = [_split(f"--models.{name}.name", model.name, pictures, recipe.data_dir, pictures.image_size)]
+    check_rows(recipe, {name: staged[0].model}, world)
     for teacher, config in method.teachers.items() if method.taught else ():
         option = f"--method.teachers.{teacher}"
         size = config.image_size or pictures.image_size
