@@ -516,8 +516,9 @@ def _at_least(option: str, number: int, least: int) -> None:
 
 
 def _not_negative(option: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{option} {value} is {'no number' if math.isnan(value) else 'negative'}: use 0 or more.")
+    if not 0 <= value < math.inf:
+        wrong = "no number" if math.isnan(value) else "negative" if value < 0 else "not finite"
+        raise ValueError(f"{option} {value} is {wrong}: use 0 or more.")
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -74,7 +74,7 @@ def buffer_bytes(module: nn.Module, zero: Mapping[str, Any], width: int) -> int:
     Args:
         width: bytes of an element that the model computes with.
     """
-    stage, size = zero.get("stage", 0), int(zero.get("reduce_bucket_size", bucket_size(module)))
+    stage, size = zero.get("stage", 0), bucket_size(module, zero)
     if stage == 0:
         return 0
     total = width * size * (2 if zero.get("overlap_comm", stage == 3) and stage < 3 else 1)

@@ -460,6 +460,7 @@ def test_every_starter_says_how_many_ranks_share_a_machine(
 def test_more_ranks_than_gpus_is_one_sentence_on_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    os.environ["DS_ACCELERATOR"] = "cuda"
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         for rank in ("0", "1"):
             os.environ |= {
@@ -473,6 +474,29 @@ def test_more_ranks_than_gpus_is_one_sentence_on_all_of_them(monkeypatch: pytest
             with pytest.raises(ValueError, match=r"^2 ranks on a machine with 1 visible GPU\(s\): .*\.$"):
                 launch.start()
         del os.environ[name]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpus", "said"),
+    [
+        ("cuda", 0, "DS_ACCELERATOR is 'cuda' and torch sees no GPU: unset it."),
+        (
+            "cpu",
+            2,
+            "DS_ACCELERATOR is 'cpu' and torch sees 2 GPU(s): unset it, or hide them with CUDA_VISIBLE_DEVICES=.",
+        ),
+        ("gpu", 2, "DS_ACCELERATOR is 'gpu' and torch sees 2 GPU(s): unset it."),
+    ],
+)
+def test_another_accelerator_than_torch_s_is_one_sentence(
+    chosen: str, gpus: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.environ["DS_ACCELERATOR"] = chosen
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ValueError) as error:
+        launch.start()
+    assert str(error.value) == said
 
 
 def test_deterministic_is_said_to_torch_and_to_cublas() -> None:

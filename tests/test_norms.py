@@ -1,4 +1,4 @@
-"""One value per channel is found before an engine starts, for models and for what is trained beside them."""
+"""What a model and its rows or its precision cannot do is found before an engine starts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from hetero_kt import models, parts, plan
 from hetero_kt.config import Data, Distill, MergeNet, Model, Recipe, Teacher
 from hetero_kt.nn.stages import split
+from hetero_kt.parts.models import check_bf16
 
 
 def recipe(name: str = "timm:resnet18", batch: int = 8, micro_batch: int = 0, size: int = 32) -> Recipe:
@@ -117,8 +118,8 @@ def test_a_batch_norm_of_one_value_beside_the_student_is_one_sentence(
     with pytest.raises(ValueError) as error:
         parts.check_rows(one, {}, 1, aside)
     assert str(error.value) == (
-        f"--models.m.micro-batch 1 leaves 1 row in a rank's forward, where {objective}'s auxiliary module normalises one "
-        "value per channel: use 2, or a larger --data.d.image-size."
+        f"--models.m.micro-batch 1 leaves 1 row in a rank's forward, where {objective}'s auxiliary module normalises "
+        "one value per channel: use 2, or a larger --data.d.image-size."
     )
     check(one)  # the student has none
     two = {"m": replace(one.models["m"], micro_batch=2)}
@@ -133,3 +134,18 @@ def test_a_plan_and_the_check_before_any_training_refuse_it_too(tmp_path: Path) 
         parts.check_pairs(replace(recipe(micro_batch=1), method=method), set())
     with pytest.raises(ValueError, match=r"^--data\.d\.batch 4 "):
         parts.check_pairs(replace(recipe(batch=4), method=method), set(), 4)
+
+
+def test_bf16_on_a_gpu_without_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100")
+    base = recipe()
+    for precision in ("autocast", "bf16"):
+        one = replace(base, models={"m": replace(base.models["m"], precision=precision)})
+        check_bf16(one, torch.device("cpu"))
+        with pytest.raises(ValueError) as error:
+            check_bf16(one, torch.device("cuda", 0))
+        assert str(error.value) == (
+            f"--models.m.precision {precision} computes in bf16, which this GPU (Tesla P100) does not: use fp32."
+        )
+    check_bf16(base, torch.device("cuda", 0))

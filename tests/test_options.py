@@ -353,6 +353,11 @@ TO = "--method.transfers.to_mobilenetv2"
         ),
         (with_model(optim=Optim(lr=-1.0)), 1, "--models.resnet50.optim.lr -1.0 is negative: use 0 or more."),
         (
+            with_model(optim=Optim(clip=float("inf"))),
+            1,
+            "--models.resnet50.optim.clip inf is not finite: use 0 or more.",
+        ),
+        (
             with_model(schedule=Schedule(milestones=(0.5, 60.0))),
             1,
             "--models.resnet50.schedule.milestones 0.5 60.0 are fractions of the run: use numbers from 0 to 1.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,11 +18,11 @@ LARGEST_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once unless the ZeRO block says otherwise."""
 
 
-def bucket_size(model: nn.Module) -> int:
+def bucket_size(model: nn.Module, zero: Mapping[str, Any] | None = None) -> int:
     """Elements of the buffer in which gradients are reduced. DeepSpeed allocates all of it, 2 GB by default, for every
-    engine, however small the model."""
+    engine, however small the model: so it is never larger than that."""
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    return min(LARGEST_BUCKET, max(trained, 1))
+    return min((zero or {}).get("reduce_bucket_size", LARGEST_BUCKET), max(trained, 1))
 
 
 def build_engine(
@@ -50,7 +51,7 @@ def build_engine(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip,
-        "zero_optimization": {"reduce_bucket_size": bucket_size(model), **zero},
+        "zero_optimization": {**zero, "reduce_bucket_size": bucket_size(model, zero)},
         "zero_allow_untested_optimizer": True,
         # Else optimizer states offloaded to the CPU would take DeepSpeed's own Adam, which has to be compiled.
         "zero_force_ds_cpu_optimizer": False,

@@ -64,6 +64,7 @@ def start(same: Mapping[str, str] | None = None) -> Ranks:
     """
     fill()
     cuda = torch.cuda.is_available()
+    _check_accelerator("cuda" if cuda else "cpu")
     deepspeed = load_deepspeed()
     from deepspeed.utils.logging import logger
 
@@ -91,6 +92,15 @@ def start(same: Mapping[str, str] | None = None) -> Ranks:
         _meeting_point.append(meeting.meet(rank, world, meeting.gpu_name(device), same or {}))
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _check_accelerator(found: str) -> None:
+    """Refuse a DS_ACCELERATOR that is not what torch computes on: engines would lie elsewhere than their batches."""
+    chosen = os.environ.get("DS_ACCELERATOR", found)
+    if chosen != found:
+        sees = f"torch sees {torch.cuda.device_count()} GPU(s)" if found == "cuda" else "torch sees no GPU"
+        hide = ", or hide them with CUDA_VISIBLE_DEVICES=" if (chosen, found) == ("cpu", "cuda") else ""
+        raise ValueError(f"DS_ACCELERATOR is {chosen!r} and {sees}: unset it{hide}.")
 
 
 def _leave_muon_uncompiled() -> None:

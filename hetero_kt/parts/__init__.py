@@ -17,7 +17,7 @@ from hetero_kt.config import MergeNet, Recipe
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.parts.distill import build_objective, check_pairs, prepare_distill
 from hetero_kt.parts.mergenet import prepare_mergenet
-from hetero_kt.parts.models import build_model, build_models, parameters, task, write_model
+from hetero_kt.parts.models import build_model, build_models, check_bf16, parameters, task, write_model
 from hetero_kt.parts.norms import check_rows
 from hetero_kt.parts.prepared import Prepared
 from hetero_kt.tasks import classification
@@ -47,6 +47,7 @@ def prepare(recipe: Recipe, modules: Mapping[str, nn.Module], train: Mapping[str
     if recipe.compile:
         check_compiler(ranks.device)
         forget()
+    check_bf16(recipe, ranks.device)
     check_rows(recipe, modules, ranks.world)
     if isinstance(recipe.method, MergeNet):
         return prepare_mergenet(recipe, recipe.method, modules, ranks)

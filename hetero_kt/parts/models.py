@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hetero_kt import data, models
@@ -165,3 +166,19 @@ def check_precision(option: str, precision: str, module: nn.Module, whose: str =
     """BatchNorm's running statistics are sums of many small steps, which parameters stored in bf16 would round away."""
     if precision == "bf16" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
         raise ValueError(f"{option} bf16 does not suit the BatchNorm in {whose}: use autocast.")
+
+
+def check_bf16(recipe: Recipe, device: torch.device) -> None:
+    """Refuse precisions that compute in bf16 on a GPU that does not: DeepSpeed would when its engine starts.
+
+    Raises:
+        ValueError: one sentence with the option and the mend.
+    """
+    if device.type != "cuda" or torch.cuda.is_bf16_supported():
+        return
+    for name, model in recipe.models.items():
+        if model.precision != "fp32":
+            raise ValueError(
+                f"--models.{name}.precision {model.precision} computes in bf16, which this GPU "
+                f"({torch.cuda.get_device_name(device)}) does not: use fp32."
+            )

@@ -51,7 +51,7 @@ def _check(
         return
     if rows > 1:
         raise ValueError(
-            f"--data.{model.data}.image-size {config.image_size} leaves {whose} one place to normalise: use more pixels."
+            f"--data.{model.data}.image-size {config.image_size} leaves {whose} one place to normalise: use more."
         )
     option, more = f"--models.{name}.micro-batch 1", next((n for n in range(2, share + 1) if share % n == 0), 0)
     if share == 1:
