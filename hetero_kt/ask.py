@@ -30,6 +30,7 @@ from hetero_kt.files import publish_folder, write_whole
 from hetero_kt.messages import first_line, printable
 from hetero_kt.models import xvlm, xvlm_weights
 from hetero_kt.tasks import retrieval, vqa
+from hetero_kt.weights import save_tensors
 
 
 def save(name: str, config: Data, loader: Any, tokenizer: Tokenizer, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -51,7 +52,7 @@ def save(name: str, config: Data, loader: Any, tokenizer: Tokenizer, state: Mapp
     if config.name == "vqa":
         (part / "answers.json").write_text(json.dumps(loader.answers.texts) + "\n")
     tokenizer.save(part)
-    save_file(dict(state), part / "model.safetensors")
+    save_tensors(state, part / "model.safetensors")
     publish_folder(part, folder)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hetero_kt import data, provenance
+from hetero_kt import data, parts, provenance
 from hetero_kt.checks import zero_block
 from hetero_kt.config import Recipe, differences, read_recipe, to_yaml
 from hetero_kt.distributed import layout
@@ -101,11 +101,12 @@ def fingerprint(
     teachers: Mapping[str, Frozen],
 ) -> dict[str, dict[str, Any]]:
     """What a recipe only names: the samples of each data set, the stage in each model's ZeRO file, the weights of each
-    teacher."""
+    teacher, and the files that models' weights begin from."""
     return {
         "data": {name: [train[name].fingerprint(), test[name].fingerprint()] for name in recipe.data},
         "zero": {name: zero_block(model.zero)["stage"] for name, model in recipe.models.items()},
         "teachers": {name: teacher.checksum for name, teacher in teachers.items()},
+        "init": parts.first_weights(recipe),
     }
 
 
@@ -135,7 +136,7 @@ def check_same_data(recipe: Recipe, ours: Mapping[str, Mapping[str, Any]], folde
         theirs = mapping(read_json(file), "the file")
         changed = [
             (kind, name)
-            for kind in ("data", "teachers")
+            for kind in ("data", "teachers", "init")
             for name in ours[kind]
             if mapping(theirs.get(kind, ours[kind]), kind)[name] != ours[kind][name]
         ]
@@ -148,6 +149,11 @@ def check_same_data(recipe: Recipe, ours: Mapping[str, Mapping[str, Any]], folde
             raise ValueError(
                 f"--data-dir {recipe.data_dir} holds another {recipe.data[name].name} than {folder} was trained on: "
                 "name that one's, or use --resume never to begin again."
+            )
+        if kind == "init":
+            raise ValueError(
+                f"--models.{name} begins from other files than the run in {folder} did: put those back, or use "
+                "--resume never to begin again."
             )
         raise ValueError(
             f"--method.teachers.{name} has other weights than the teacher that {folder} was trained with: name "

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hetero_kt.config import Recipe
@@ -23,6 +22,7 @@ from hetero_kt.log import Log
 from hetero_kt.methods import Diverged, Method
 from hetero_kt.nn.reencode import plain_state_dict
 from hetero_kt.profile import part
+from hetero_kt.weights import save_tensors
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -202,4 +202,4 @@ class Trainer:
 
 def write_safetensors(name: str, module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """`<path>.safetensors`, in one go."""
-    write_whole(path.with_suffix(".safetensors"), lambda part: save_file(state, part))
+    write_whole(path.with_name(f"{path.name}.safetensors"), lambda part: save_tensors(state, part))

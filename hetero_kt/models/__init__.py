@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hetero_kt.messages import first_line
 from hetero_kt.models.names import CIFAR, XVLMS, is_known, known, modality_values
+from hetero_kt.weights import check
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +131,7 @@ def _load(model: nn.Module, name: str, path: str) -> None:
     if not Path(path).is_file():
         raise ValueError(f"{name}: init names {path}, which is not a file: give an exported .safetensors file")
     try:
+        check(path)
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(

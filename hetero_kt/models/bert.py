@@ -24,7 +24,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -44,6 +43,7 @@ from hetero_kt.distributed import load_deepspeed
 from hetero_kt.documents import mapping, read_json
 from hetero_kt.files import publish_folder
 from hetero_kt.messages import first_line
+from hetero_kt.weights import check, save_tensors
 
 Task = Literal["question_answering", "classification", "masked_lm"]
 
@@ -170,7 +170,7 @@ def save(model: nn.Module, state: Mapping[str, Tensor], folder: str | Path, toke
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     config.save_pretrained(str(part))
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, part / "model.safetensors", {"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(part)
     publish_folder(part, folder)
@@ -343,6 +343,7 @@ def _stored(name: str, path: str) -> dict[str, _Stored]:
     found = {}
     for file in files:
         try:
+            check(file)
             with safe_open(file, "pt") as opened:
                 shapes = {key: torch.Size(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetero_kt.messages import first_line
+from hetero_kt.weights import check
 
 __all__ = ["Start", "fill", "from_official", "read", "to_official"]
 
@@ -402,6 +403,7 @@ def read(path: str | Path, option: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in files:
         try:
+            check(file)
             found |= load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
         except pickle.UnpicklingError as error:
             raise ValueError(

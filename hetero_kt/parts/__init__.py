@@ -17,7 +17,7 @@ from hetero_kt.config import MergeNet, Recipe
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.parts.distill import build_objective, check_pairs, prepare_distill
 from hetero_kt.parts.mergenet import prepare_mergenet
-from hetero_kt.parts.models import build_model, build_models, check_bf16, parameters, task, write_model
+from hetero_kt.parts.models import build_model, build_models, check_bf16, first_weights, parameters, task, write_model
 from hetero_kt.parts.norms import check_rows
 from hetero_kt.parts.prepared import Prepared
 from hetero_kt.tasks import classification
@@ -32,6 +32,7 @@ __all__ = [
     "check_rows",
     "evaluate",
     "evaluate_teachers",
+    "first_weights",
     "parameters",
     "prepare",
     "write_model",

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hetero_kt import data, models
+from hetero_kt import data, files, models
 from hetero_kt.checks import split_site, zero_block
 from hetero_kt.config import Data, MergeNet, Model, Recipe
 from hetero_kt.distributed import launch
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.distributed.learner import Learner, build_learner
+from hetero_kt.messages import first_line
 from hetero_kt.models.teacher import weights_of
 from hetero_kt.nn import reencode
 from hetero_kt.tasks import Task, task_of
@@ -47,6 +48,33 @@ def build_models(recipe: Recipe) -> dict[str, nn.Module]:
                 for side, (site, rank) in zip(("source", "target"), transfer.sites(), strict=True):
                     _factorise(modules, site, rank, f"{label}.{side}")
     return modules
+
+
+def first_weights(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Checksums of the local files that each model's weights begin from, by option; models without such are left out.
+
+    Raises:
+        ValueError: a file that is missing or cannot be read.
+    """
+    found = {}
+    for name, model in recipe.models.items():
+        option = f"--models.{name}"
+        named = {"init": model.init, "xvlm.vision": model.xvlm.vision, "xvlm.text": model.xvlm.text}
+        if model.name.startswith("hf:"):
+            named["name"] = model.name.removeprefix("hf:")
+        checksums = {}
+        for field, given in named.items():
+            if not given or given.startswith(("hf:", "timm:")) or (field == "name" and not Path(given).is_dir()):
+                continue  # fresh weights, or published ones
+            place = Path(given) if field == "name" else weights_of(given, f"{option}.{field}", recipe.output_dir)
+            try:
+                for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+                    checksums[field if file == place else f"{field} {file.name}"] = files.checksum(file)
+            except OSError as error:
+                raise ValueError(f"{option}.{field}: {place} cannot be read ({first_line(error)}).") from error
+        if checksums:
+            found[name] = checksums
+    return found
 
 
 def _in_pieces(recipe: Recipe, name: str) -> bool:

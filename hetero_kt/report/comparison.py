@@ -167,6 +167,8 @@ def _apart(a: Run, b: Run, part: Callable[[Recipe], Recipe]) -> str:
         found.append(f"{b.steps} of {b.recipe.steps} steps done")
     if part is _own and a.seen.get("teachers") != b.seen.get("teachers"):
         found.append("other weights of its teacher")
+    if (a.seen.get("init") or {}) != (b.seen.get("init") or {}):
+        found.append("other first weights")
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 

@@ -218,8 +218,8 @@ def one_per_seed(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
     """The runs of one recipe and arm by seed, and a sentence on each that does not count.
 
     Two runs with one seed: neither counts, since nothing says which is meant. Runs that saw other samples than the run
-    of the lowest seed, or learned from a teacher with other weights, do not count either. Runs on
-    other numbers of ranks count, and are named.
+    of the lowest seed, began from other files, or learned from a teacher with other weights, do not count either. Runs
+    on other numbers of ranks count, and are named.
     """
     by_seed: dict[int, list[Run]] = {}
     for run in runs:
@@ -240,6 +240,8 @@ def one_per_seed(runs: Sequence[Run]) -> tuple[dict[int, Run], list[str]]:
             unlike = "saw other samples than" if run.seen.get("data") else "does not say which samples it saw, unlike"
         elif (run.seen.get("teachers") or {}) != (first.seen.get("teachers") or {}):
             unlike = "has other weights of its teacher than"
+        elif (run.seen.get("init") or {}) != (first.seen.get("init") or {}):
+            unlike = "began from other weights than"
         else:
             continue
         notes.append(f"{run.folder} {unlike} {first.folder}: it stays apart.")
