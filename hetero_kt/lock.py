@@ -1,35 +1,31 @@
 """One job at a time in a run folder.
 
-The file `lock` says whose the folder is: host and process, and by its time, which a thread touches every few seconds,
-that the process is alive. (`flock` would be simpler, and is not to be relied on where folders are shared over a
-network.) A job that was killed leaves its lock behind and the next one takes it over: at once where the same host shows
-that the process is gone, after `SILENT` seconds without a touch where another host had it. So a job that is put back
-into the queue goes on wherever it starts. A job that was frozen for so long that another took its folder ends as soon
-as it wakes up.
+The file `lock` says whose the folder is; a thread of filelock's touches it every few seconds. (`flock` would be simpler,
+but shared file systems often lack it.) A killed job leaves its lock behind, and the next one takes it over: at once
+where the same host shows that the process is gone, after `SILENT` seconds without a touch where another host had it, or
+where the killed process is still listed because its parent has not collected it. Silence is measured on the waiting
+job's own monotonic clock, and a process is recognised by its kernel start time and the boot, so that no step of a wall
+clock hands a folder to two jobs. A job that was frozen for so long that another took its folder ends when it wakes up.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import socket
 import sys
-import threading
-import time
 import uuid
-import zlib
 from pathlib import Path
-from typing import Any
 
-import psutil
+from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
-from hetero_kt.distributed.heartbeat import STATUS
+from hetero_kt.signals import GIVEN_UP
 
-EVERY = 5.0
+EVERY = 3.0
 """Seconds between two touches."""
 SILENT = 45.0
 """Seconds without a touch after which a lock of another host is that of a dead job."""
+_POLL = 0.1
+"""Seconds between two looks at a lock that another job has."""
 
 
 class Lock:
@@ -38,12 +34,17 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "lock"
         self._made: list[Path] = []
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._text = json.dumps({**_self(), "token": uuid.uuid4().hex})
+        self._lease = SoftFileLease(
+            self.file,
+            lease_duration=SILENT,
+            heartbeat_interval=EVERY,
+            on_compromise=self._end,
+            thread_local=False,
+            poll_interval=_POLL,
+        )
 
     def take(self) -> None:
-        """Make the folder this job's; waits up to `SILENT` seconds to see whether a job on another host is alive.
+        """Make the folder this job's; waits up to `SILENT` seconds to see whether the job that has it is alive.
 
         Raises:
             ValueError: another job is at work in it.
@@ -52,147 +53,88 @@ class Lock:
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            while not self._created():
-                self._take_over()
+            try:
+                self._acquire()
+            except Timeout:
+                if not self._remove_empty():
+                    raise
+                self._acquire()
+        except (Timeout, LeaseSettingsMismatch) as error:
+            owner = self._owner()
+            self._unmake()
+            raise ValueError(
+                f"{self.folder} belongs to a job that is at work ({owner}): let it end, or use another --output-dir."
+            ) from error
         except BaseException:
             self._unmake()
             raise
-        self._thread = threading.Thread(target=self._touch, name="lock", daemon=True)
-        self._thread.start()
 
     def release(self) -> None:
         """Leave the folder to others; one that was made for the lock alone goes again."""
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
-        if self._read(self.file) == self._text:
-            self.file.unlink(missing_ok=True)
+        self._lease.release()
         self._unmake()
 
-    def _created(self) -> bool:
-        """True where there was no lock, and there is ours now."""
-        own = self.folder / f"lock.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-        try:
-            own.write_text(self._text)
-            with contextlib.suppress(FileExistsError):
-                try:
-                    os.link(own, self.file)  # with all that is in it, and only if there is none
-                except FileExistsError:
-                    raise
-                except OSError:  # a file system without links
-                    with self.file.open("x") as opened:
-                        opened.write(self._text)
-                return True
-            return False
-        finally:
-            own.unlink(missing_ok=True)
+    def _acquire(self) -> None:
+        """Take the lock, or raise Timeout as soon as it is seen that its owner is alive."""
+        seen = self._touched()
 
-    def _take_over(self) -> None:
-        """Remove the lock of a dead job, or raise."""
-        text = self._read(self.file)
-        if not text and not self.file.exists():
-            return  # released meanwhile
-        owner = _owner(text)
-        if not self._dead(text, owner):
-            host, pid = owner.get("host", "a host unknown"), owner.get("pid", "?")
-            raise ValueError(
-                f"{self.folder} belongs to a job that is at work (process {pid} on {host}): let it end, or use another "
-                "--output-dir."
-            )
-        # Of many that see the same dead lock one removes it, and only that very one: the next is a living job's.
-        right = self.folder / f"lock.{zlib.crc32(text.encode()):08x}"
-        try:
-            right.touch(exist_ok=False)
-        except FileExistsError:
-            deadline = time.monotonic() + SILENT
-            while right.exists() and time.monotonic() < deadline:
-                time.sleep(min(EVERY, 0.1))
-            if time.monotonic() >= deadline:  # who had it was killed
-                right.unlink(missing_ok=True)
-            return
-        try:
-            if self._read(self.file) == text:
-                self.file.unlink(missing_ok=True)
-        finally:
-            right.unlink(missing_ok=True)
+        def alive() -> bool:
+            now = self._touched()
+            return bool(now and seen and now[0] == seen[0] and now != seen)  # the same file, touched since
 
-    def _dead(self, text: str, owner: dict[str, Any]) -> bool:
-        here = _self()
-        if owner.get("host") == here["host"] and owner.get("processes") == here["processes"]:
-            try:
-                process = psutil.Process(int(owner["pid"]))
-                other = abs(process.create_time() - float(owner["started"])) > 10
-                return other or process.status() == psutil.STATUS_ZOMBIE  # killed, and its parent has not looked yet
-            except (psutil.Error, KeyError, TypeError, ValueError):
-                return True
-        # Its clock is not ours: what counts is whether the time moves while we look.
-        touched, deadline = self._time(), time.monotonic() + SILENT
-        while time.monotonic() < deadline:
-            time.sleep(min(EVERY, SILENT) / 2)
-            if self._read(self.file) != text:
-                return True  # released, or another's by now: look again
-            if self._time() != touched:
+        self._lease.acquire(timeout=SILENT + EVERY, cancel_check=alive)
+
+    def _touched(self) -> tuple[int, int] | None:
+        """Which file the lock is, and its time; opened, since that asks a file server for what it knows now."""
+        try:
+            opened = os.open(self.file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return None
+        try:
+            found = os.fstat(opened)
+            return found.st_ino, found.st_mtime_ns
+        finally:
+            os.close(opened)
+
+    def _remove_empty(self) -> bool:
+        """Remove a lock without text, which a machine leaves that stopped before its disk had written; filelock takes
+        it for one of its first releases' and waits for ever."""
+        aside = self.folder / f"lock.{uuid.uuid4().hex[:8]}"
+        try:
+            os.rename(self.file, aside)
+            if aside.stat().st_size:  # another job has done so meanwhile, and this is its lock
+                os.rename(aside, self.file)
                 return False
+            aside.unlink()
+        except OSError:
+            return False
         return True
 
-    def _time(self) -> float:
-        try:
-            with self.file.open() as opened:  # opening asks the server for what it knows
-                return os.fstat(opened.fileno()).st_mtime
-        except OSError:
-            return 0.0
+    def _owner(self) -> str:
+        owner = self._lease.owner
+        if owner is None:
+            return "of unknown host and process"
+        return f"process {owner.pid} on {owner.hostname.partition('?')[0]}"  # without filelock's mark of a container
 
-    @staticmethod
-    def _read(file: Path) -> str:
-        try:
-            return file.read_text()
-        except OSError:
-            return ""
-
-    def _touch(self) -> None:
-        while not self._ended.wait(EVERY):
-            with contextlib.suppress(OSError):  # a file system that hesitates; the next one may succeed
-                text = self._read(self.file)
-                if text == self._text:
-                    os.utime(self.file)
-                elif text and not self._ended.is_set():
-                    self._end(_owner(text))
-
-    def _end(self, owner: dict[str, Any]) -> None:
-        """The folder is another job's: nothing more of this one may reach it."""
-        host, pid = owner.get("host", "a host unknown"), owner.get("pid", "?")
-        print(
-            f"error: {self.folder} was taken over by another job (process {pid} on {host}), which has heard nothing of "
-            f"this one for {SILENT:.0f} s: this one ends, and that one goes on from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(STATUS)
+    def _end(self, lost: LeaseCompromise) -> None:
+        """The folder may be another job's: nothing more of this one may reach it."""
+        if lost.reason == "owner-changed":
+            why = (
+                f"was taken over by another job ({self._owner()}), which has heard nothing of this one for "
+                f"{SILENT:.0f} s: this one ends, and that one goes on from the last checkpoint"
+            )
+        elif lost.reason == "marker-missing":
+            why = "has lost its file `lock`, so that another job could begin in it: this one ends, and goes on from its "
+            why += "last checkpoint when it is started again"
+        else:
+            why = (
+                f"cannot be reached any more ({lost.error}), and another job may take it over after {SILENT:.0f} s: "
+                "this one ends, and goes on from its last checkpoint when it is started again"
+            )
+        print(f"error: {self.folder} {why}.", file=sys.stderr, flush=True)
+        os._exit(GIVEN_UP)
 
     def _unmake(self) -> None:
         for path in self._made:
             with contextlib.suppress(OSError):  # it holds something now
                 path.rmdir()
-
-
-def _self() -> dict[str, Any]:
-    """This process, so that no other on any host or in any container is taken for it."""
-    try:
-        processes = os.readlink("/proc/self/ns/pid")  # a container counts processes of its own
-    except OSError:
-        processes = ""
-    process = psutil.Process()
-    return {
-        "host": socket.gethostname(),
-        "processes": processes,
-        "pid": process.pid,
-        "started": process.create_time(),
-    }
-
-
-def _owner(text: str) -> dict[str, Any]:
-    try:
-        owner = json.loads(text)
-    except ValueError:
-        return {}
-    return owner if isinstance(owner, dict) else {}

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from hetero_kt import signals
 from hetero_kt.config import Recipe, flat
+from hetero_kt.messages import first_line
 from hetero_kt.options import Options, leave, parse, runs, runs_before
 
 FRESH = Options()
@@ -20,6 +22,7 @@ FRESH = Options()
 
 def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
     """A launcher's one call. Wrong input ends it with one sentence, on the first rank, before any engine starts."""
+    signals.end_quietly()
     recipe, options = parse(variants)
     try:
         if options.plan:
@@ -36,6 +39,8 @@ def main(variants: Mapping[str, Callable[[], Recipe]]) -> None:
 
 def _train(recipe: Recipe, options: Options, variants: Mapping[str, Callable[[], Recipe]]) -> None:
     """Join the ranks, and run one recipe, or several one after another. Collective."""
+    signals.outlive_terminal()
+    signals.end_with_starter()
     import torch
     import torch.distributed as dist
 
@@ -72,6 +77,12 @@ def _train(recipe: Recipe, options: Options, variants: Mapping[str, Callable[[],
         leave(error, status=1 if isinstance(error, Diverged) else 2)
     except (Unreadable, Unwritable) as error:  # of this rank only: whoever started the ranks ends the others
         leave(error, alone=True)
+    except Exception as error:
+        if not stop.received:
+            raise
+        # The signal has ended something that this rank needed, such as a compiler in the same terminal.
+        cause = f"stopped by a signal without a new checkpoint ({first_line(error)})"
+        leave(ValueError(f"{cause}: the same command goes on from the last one."), 128 + stop.received, alone=True)
     dist.destroy_process_group()
     if finished and ranks.first:
         report.finish(Path(recipe.output_dir) / recipe.name)

@@ -264,7 +264,7 @@ def patched(dropout: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
-    numbers = (signal.SIGUSR1, signal.SIGTERM)
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     try:
         yield

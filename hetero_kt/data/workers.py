@@ -9,9 +9,12 @@ has one thread and no CUDA, and then forks a worker in milliseconds.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +139,11 @@ def usable(workers: int, result_bytes: int) -> int:
 
 
 class _Worker(ForkServerProcess):
+    def run(self) -> None:
+        """In the worker."""
+        threading.Thread(target=_end_with_trainer, name="trainer", daemon=True).start()
+        super().run()
+
     @staticmethod
     def _Popen(process_obj: Any) -> Popen:
         multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
@@ -149,6 +157,19 @@ class _Context(ForkServerContext):
 
 context = _Context()
 """Like `multiprocessing.get_context('forkserver')`, as described above."""
+
+
+def _end_with_trainer() -> None:
+    """End this worker once the trainer is gone, however it ended. The server is every worker's parent, and ends after
+    the last of them; with it goes the process that removes their semaphores. What else a killed trainer leaves is the
+    folder of its sockets. Waits for as long as the worker lives."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    multiprocessing.connection.wait([trainer.sentinel])
+    folder = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 @contextmanager
@@ -166,8 +187,8 @@ def _main_hidden() -> Iterator[None]:
 @contextmanager
 def _sheltered() -> Iterator[None]:
     """The server and its workers do not hear of signals to the whole group that mean the trainer: USR1 (save, the time
-    is up) and INT. They inherit the mask. TERM still ends them, and they end with the trainer."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT})
+    is up), INT and HUP. They inherit the mask. TERM still ends them, and they end with the trainer."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 
 from hetero_kt.distributed import layout
 from hetero_kt.distributed.agreement import Unwritable, UserError, agreed
+from hetero_kt.distributed.background import Background
 from hetero_kt.distributed.layout import Entry
 from hetero_kt.distributed.learner import Learner
 from hetero_kt.distributed.saved import Saved, SavedModel
@@ -95,8 +95,9 @@ class Checkpoints:
             "models": {name: learner.about() for name, learner in learners.items()},
             **{kind: layout.described(tree, kind) for kind, tree in trees.items()},
         }
-        self._writing = _Writing(target, rank, self._host.copy(entries), about)
-        self._writing.stall = time.perf_counter() - began
+        with agreed():  # a rank without memory for it must not leave the others waiting
+            self._writing = writing = _Writing(target, rank, self._host.copy(entries), about)
+        writing.stall = time.perf_counter() - began
         return before
 
     def settle(self) -> Written | None:
@@ -157,11 +158,11 @@ class Checkpoints:
                 raise pruning.problem
 
 
-class _Pruning(threading.Thread):
+class _Pruning(Background):
     """Removes old checkpoints, on the first rank, beside training. Starts at once."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        super().__init__(name="pruning", daemon=True)
+        super().__init__()
         self.folder, self.keep = folder, keep
         self.problem: OSError | None = None
         self.start()
@@ -173,11 +174,11 @@ class _Pruning(threading.Thread):
             self.problem = error
 
 
-class _Writing(threading.Thread):
+class _Writing(Background):
     """Writes one rank's files; joined before its results are looked at. Starts at once."""
 
     def __init__(self, target: Path, rank: int, entries: Sequence[Entry], about: Mapping[str, Any]) -> None:
-        super().__init__(name="checkpoint", daemon=True)
+        super().__init__()
         self.target, self.rank, self.entries, self.about = target, rank, entries, about
         self.files: dict[str, Any] = {}
         self.problem, self.seconds, self.stall = f"{target} was not written to its end.", 0.0, 0.0

@@ -8,6 +8,9 @@ stopped; every rank's thread ends its process over that. Nothing is sent between
     silent    a rank's thread was not heard of for `patience` seconds: stopped, killed, or its node is gone
     stuck     no rank's loop has moved for `patience` seconds, or in a `long` part for that part's own time; named are
               the ranks that do not wait for others
+
+Ranks that were all suspended for a while (a stopped job step, a paused machine) hang over nothing: a thread that has
+slept for much longer than it asked for was suspended itself, and begins to wait anew.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -28,12 +32,11 @@ import torch.distributed as dist
 
 from hetero_kt.distributed.launch import Ranks
 from hetero_kt.distributed.meeting import connect
+from hetero_kt.signals import GIVEN_UP
 
 LONG = 1800.0
 """Seconds that a declared long part may take: preparing data, compiling, evaluating, saving."""
 _ENDS = "the job ends, and goes on from its last checkpoint when it is started again"
-STATUS = 3
-"""Exit status of a rank that ends over a hung one."""
 _GRACE = 10.0
 """Seconds for a rank's own error, which says more than that its connection to the first rank is gone."""
 _WAITING = ("torch/distributed/", "deepspeed/comm/")
@@ -57,15 +60,16 @@ class Heartbeat:
         ranks: this process's place.
         patience: seconds without a step, or without a word of a rank's thread, before the job is given up; 0 never
             gives up.
+        clock: seconds, never back. It may stand still while the machine sleeps, since others are not waited for then.
     """
 
-    def __init__(self, ranks: Ranks, patience: float) -> None:
-        self.ranks, self.patience = ranks, patience
+    def __init__(self, ranks: Ranks, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.ranks, self.patience, self.clock = ranks, patience, clock
         self.every = min(10.0, max(patience / 10, 0.2))
         self.moves, self.allowed, self.part = 0, LONG, "starting"
         self.main = threading.get_ident()
         self.ended = threading.Event()
-        self.heard = time.monotonic()
+        self.heard = self.clock()
         work = (self._talk,) if ranks.first else (self._talk, self._watch_first)
         self.threads = [threading.Thread(target=one, name="heartbeat", daemon=True) for one in work]
 
@@ -97,9 +101,15 @@ class Heartbeat:
         self.allowed, self.part = max(seconds, self.patience), part
 
     def _talk(self) -> None:
-        known = {rank: _Rank(time.monotonic()) for rank in range(self.ranks.world)}
+        known = {rank: _Rank(self.clock()) for rank in range(self.ranks.world)}
         beats = first = 0
-        while not self.ended.wait(self.every):
+        while True:
+            asleep = self.clock()
+            if self.ended.wait(self.every):
+                return
+            if self._suspended(asleep):
+                for state in known.values():
+                    state.heard = state.moved = self.clock()
             beats += 1
             try:
                 self.store.set(str(self.ranks.rank), json.dumps(self._told(beats)))
@@ -111,7 +121,7 @@ class Heartbeat:
                 else:
                     verdict = self.store.get("verdict").decode() if self.store.check(["verdict"]) else ""
                     was, first = first, json.loads(self.store.get("0"))["beats"]
-                    self.heard = self.heard if first == was else time.monotonic()
+                    self.heard = self.heard if first == was else self.clock()
             except RuntimeError:
                 if self.ended.wait(_GRACE):
                     return
@@ -123,9 +133,18 @@ class Heartbeat:
         """On the others: whether the first rank, which judges, has stopped itself. By itself, since a store whose
         process is stopped never answers."""
         limit = 1.5 * self.patience  # the first rank is the first to say so of others
-        while not self.ended.wait(self.every):
-            if time.monotonic() - self.heard > limit:
+        while True:
+            asleep = self.clock()
+            if self.ended.wait(self.every):
+                return
+            if self._suspended(asleep):
+                self.heard = self.clock()
+            if self.clock() - self.heard > limit:
                 self._end(f"rank 0 has not been heard of for {limit:.0f} s: stopped, or its node is gone; {_ENDS}.")
+
+    def _suspended(self, asleep: float) -> bool:
+        """Whether this thread, asleep since then for `every` seconds, was itself suspended and not only waiting."""
+        return self.clock() - asleep > self.every + self.patience / 4
 
     def _told(self, beats: int) -> dict[str, Any]:
         loop = {"moves": self.moves, "allowed": self.allowed, "part": self.part, **self._where()}
@@ -133,7 +152,7 @@ class Heartbeat:
 
     def _judge(self, known: dict[int, _Rank]) -> str:
         """On the first rank: who has stopped; empty while all is well."""
-        now = time.monotonic()
+        now = self.clock()
         keys = [str(rank) for rank in known]
         told: dict[int, dict[str, Any]] = {}
         for rank, key in zip(known, keys, strict=True):
@@ -179,7 +198,7 @@ class Heartbeat:
     def _end(self, verdict: str) -> None:
         print(f"error: rank {self.ranks.rank}: {verdict}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback()
-        os._exit(STATUS)  # the loop's thread may never come back
+        os._exit(GIVEN_UP)  # the loop's thread may never come back
 
 
 def _named(ranks: list[int], host: str) -> str:

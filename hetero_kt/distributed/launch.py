@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hetero_kt import signals
 from hetero_kt.distributed import load_deepspeed, meeting
 from hetero_kt.distributed.environment import fill, free_port, place, ranks_here
 
@@ -136,16 +137,16 @@ def make_deterministic() -> None:
 
 
 class StopSignal:
-    """Remembers USR1 and TERM; ranks agree before they act, so that all of them stop after the same step."""
+    """Remembers USR1, TERM, INT and HUP; ranks agree before they act, so that all of them stop after the same step. A
+    second INT ends the process at once."""
 
     def __init__(self) -> None:
         self.received = 0
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._remember)
+        signals.listen(self._remember)
         # Python gives signals their default back while it ends, and USR1's would end a finished run in error.
         atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
 
-    def _remember(self, number: int, frame: object) -> None:
+    def _remember(self, number: int) -> None:
         self.received = max(self.received, number)
 
     def agreed(self, device: torch.device) -> int:
