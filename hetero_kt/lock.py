@@ -1,8 +1,8 @@
 """One job at a time in a run folder.
 
-The file `lock` says whose the folder is; a thread of filelock's touches it every few seconds. (`flock` would be simpler,
-but shared file systems often lack it.) A killed job leaves its lock behind, and the next one takes it over: at once
-where the same host shows that the process is gone, after `SILENT` seconds without a touch where another host had it, or
+The file `lock` says whose the folder is; a thread of filelock's touches it every few seconds. (`flock` is simpler, but
+shared file systems often lack it.) A killed job leaves its lock behind, and the next one takes it over: at once where
+the same host shows that the process is gone, after `SILENT` seconds without a touch where another host had it, or
 where the killed process is still listed because its parent has not collected it. Silence is measured on the waiting
 job's own monotonic clock, and a process is recognised by its kernel start time and the boot, so that no step of a wall
 clock hands a folder to two jobs. A job that was frozen for so long that another took its folder ends when it wakes up.
@@ -79,8 +79,9 @@ class Lock:
         seen = self._touched()
 
         def alive() -> bool:
-            now = self._touched()
-            return bool(now and seen and now[0] == seen[0] and now != seen)  # the same file, touched since
+            nonlocal seen
+            before, seen = seen, self._touched()
+            return bool(before and seen and before[0] == seen[0] and before != seen)  # the same file, touched since
 
         self._lease.acquire(timeout=SILENT + EVERY, cancel_check=alive)
 
@@ -124,7 +125,9 @@ class Lock:
                 f"{SILENT:.0f} s: this one ends, and that one goes on from the last checkpoint"
             )
         elif lost.reason == "marker-missing":
-            why = "has lost its file `lock`, so that another job could begin in it: this one ends, and goes on from its "
+            why = (
+                "has lost its file `lock`, so that another job could begin in it: this one ends, and goes on from its "
+            )
             why += "last checkpoint when it is started again"
         else:
             why = (

@@ -24,7 +24,12 @@ has already sent to everybody, and that one follows within milliseconds."""
 _STARTERS = frozenset({"deepspeed", "ds", "torchrun", "accelerate", "hetero-kt"})
 _STARTING_MODULES = frozenset(
     {
-        *("deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch"),
+        *(
+            "deepspeed.launcher.launch",
+            "deepspeed.launcher.runner",
+            "torch.distributed.run",
+            "torch.distributed.launch",
+        ),
         *("hetero_kt", "hetero_kt.cli"),
     }
 )
@@ -149,7 +154,7 @@ class _Lasting(io.FileIO):
 
 
 def outlive_terminal() -> None:
-    """A closed terminal, or a `tee` that an interrupt has ended first, costs a run its output and not its checkpoint."""
+    """A closed terminal, or a `tee` that an interrupt ends first, costs a run its output and not its checkpoint."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):

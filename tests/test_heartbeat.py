@@ -77,6 +77,60 @@ def test_a_stopped_first_rank_is_named_by_the_others(pair: RankPool, capfd: pyte
     assert re.match(r"error: rank 1: rank 0 has not been heard of for 3 s: stopped", said)
 
 
+class Suspended:
+    """A clock of a machine that is paused for `seconds`, once, `after` so long."""
+
+    def __init__(self, after: float, seconds: float) -> None:
+        self.begun, self.after, self.seconds = time.monotonic(), after, seconds
+
+    def __call__(self) -> float:
+        now = time.monotonic()
+        return now + (self.seconds if now - self.begun > self.after else 0.0)
+
+
+def paused(hangs: int) -> int:
+    """All ranks are suspended for an hour after a second; later rank `hangs` stops, if it is one."""
+    heartbeat._GRACE = 1.0
+    with Heartbeat(here(), PATIENCE, Suspended(1.0, 3600.0)) as pulse:
+        for step in range(15):
+            time.sleep(PATIENCE / 10)
+            if step == 12 and dist.get_rank() == hangs:
+                time.sleep(60)
+            dist.all_reduce(torch.ones(1))
+            pulse.beat()
+    return threading.active_count()
+
+
+def test_a_pause_of_all_ranks_is_no_hang_and_a_hang_after_it_is_one(
+    pair: RankPool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = pair.run(threading.active_count)
+    assert pair.run(paused, -1, timeout=40) == before
+    assert "error" not in capfd.readouterr().err
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"process ended|Connection closed"):
+        pair.run(paused, 1, timeout=40)
+    assert time.monotonic() - begun < 20
+    assert re.search(r"^error: rank \d: rank 1 \(\S+\) has made no step for 2 s", capfd.readouterr().err, re.MULTILINE)
+
+
+def test_ranks_that_were_really_stopped_together_go_on(pair: RankPool, capfd: pytest.CaptureFixture[str]) -> None:
+    pair.run(abs, -1)
+    helper = threading.Thread(target=stop_for, args=([process.pid for process in pair.processes], 2 * PATIENCE))
+    helper.start()
+    pair.run(steady, timeout=60)
+    helper.join()
+    assert "error" not in capfd.readouterr().err
+
+
+def stop_for(processes: list[int], seconds: float) -> None:
+    time.sleep(PATIENCE / 2)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            os.kill(process, number)
+        time.sleep(seconds)
+
+
 def slow() -> int:
     """Twice the patience without a step."""
     with Heartbeat(here(), PATIENCE) as pulse:

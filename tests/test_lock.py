@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,7 +155,9 @@ def test_a_lock_of_another_host_counts_while_its_time_moves(tmp_path: Path, quic
     with holder(tmp_path):
         elsewhere(file)
         if alive:
-            with pytest.raises(ValueError, match=r"process \d+ on elsewhere\): let it end, or use another --output-dir"):
+            with pytest.raises(
+                ValueError, match=r"process \d+ on elsewhere\): let it end, or use another --output-dir"
+            ):
                 Lock(tmp_path).take()
     if not alive:
         start = time.monotonic()
@@ -167,35 +168,25 @@ def test_a_lock_of_another_host_counts_while_its_time_moves(tmp_path: Path, quic
         assert not file.exists()
 
 
-def test_of_many_that_find_a_dead_lock_one_gets_the_folder(
-    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ten times, with threads that change places all the time; a second winner would end the first, much later."""
+def test_of_many_jobs_that_find_a_dead_lock_one_gets_the_folder(tmp_path: Path) -> None:
     with holder(tmp_path, "os._exit(9)") as killed:
         killed.wait()
-    dead = (tmp_path / "lock").read_text()
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    command = [sys.executable, "-c", HOLDS + "print('mine', flush=True)\nsys.stdin.read()", str(tmp_path), "0.2", "45"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    many = [subprocess.Popen(command, **pipes) for _ in range(5)]  # type: ignore[call-overload]
     try:
-        for _ in range(10):
-            (tmp_path / "lock").write_text(dead)
-            many, outcome = [Lock(tmp_path) for _ in range(8)], []
-
-            def take(one: Lock, outcome: list[Lock] = outcome) -> None:
-                with contextlib.suppress(ValueError):
-                    one.take()
-                    outcome.append(one)
-
-            threads = [threading.Thread(target=take, args=(one,)) for one in many]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert len(outcome) == 1
-            assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-            outcome[0].release()
+        deadline = time.monotonic() + 60
+        while sum(one.poll() is None for one in many) > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (winner,) = [one for one in many if one.poll() is None]
+        assert [one.stdout.readline() for one in many if one is winner] == ["mine\n"]
+        assert [one.stdout.read() for one in many if one is not winner] == [""] * 4
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
     finally:
-        sys.setswitchinterval(usual)
+        for one in many:
+            one.kill()
+            one.communicate()
 
 
 def test_a_frozen_job_whose_folder_another_has_taken_ends_when_it_wakes_up(tmp_path: Path, quick: None) -> None:
