@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        status = 130  # as shells say it; every command begins again, or goes on, when it is started again
     if status:
         raise SystemExit(status)
 

@@ -76,6 +76,7 @@ def run(todo: Sequence[Start], output_dir: str, ranks: int) -> list[str]:
             f"{i + 1} of {len(todo)}: {start.command}, seeds {' '.join(map(str, start.seeds)) or 'as it is'}",
             flush=True,
         )
+        # As long as training takes; the runs end with this process (hetero_kt/signals.py).
         status = subprocess.run(start.words(output_dir, ranks), check=False).returncode
         if status:
             failed[str(start.command)] = f"Failed with status {status}: {start.command}"
@@ -127,6 +128,7 @@ def submit(todo: Sequence[Start], output_dir: str, options: Sequence[str]) -> li
             *(*launcher_words(start.command.launcher), *start.command.options),
             *("--output-dir", str(Path(output_dir).absolute())),
         ]
+        # Slurm's commands have time limits of their own (MessageTimeout).
         ended = subprocess.run(words, env=os.environ | here, capture_output=True, text=True, check=False)
         if ended.returncode:
             done = f" (submitted before it: {', '.join(jobs.values())})" if jobs else ""
