@@ -35,14 +35,11 @@ def test_a_second_job_ends_before_anything_is_built_and_names_the_option(ranks: 
     recipe = tiny.recipe(tmp_path, steps=1)
     held = Lock(run_folder(recipe))
     held.take()
-    ranks(2).run(abs, -1)  # the ranks have started
-    start = time.monotonic()
     with pytest.raises(
         RuntimeError, match=r"UserError: .*seed0 belongs to a job that is at work \(process \d+ on .*\)"
     ) as end:
         tiny.train(ranks(2), recipe)
     assert "--output-dir" in str(end.value)
-    assert time.monotonic() - start < 30
     assert {path.name for path in run_folder(recipe).iterdir()} == {"lock"}, "nothing was begun"
     held.release()
     assert not run_folder(recipe).exists()
@@ -175,7 +172,7 @@ def test_of_many_jobs_that_find_a_dead_lock_one_gets_the_folder(tmp_path: Path) 
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     many = [subprocess.Popen(command, **pipes) for _ in range(5)]  # type: ignore[call-overload]
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 40  # well before anybody could call the winner silent
         while sum(one.poll() is None for one in many) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.02)
