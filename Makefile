@@ -1,9 +1,9 @@
-# make demo | test | torture | check | bench | clean; each installs what it lacks into .venv first.
+# make demo | test | torture | floors | other-python | check | bench | clean; each installs what it lacks into .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test torture check lint bench clean
+.PHONY: demo test torture floors other-python check lint bench clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,29 @@ lint: .venv/installed
 
 check: lint test
 
+# The fast part of the suite that tests/floors.txt lists, on the lowest versions that pyproject.toml allows.
+FLOORS := .venv-floors
+$(FLOORS)/installed: pyproject.toml .venv/installed
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(FLOORS)
+	$(BIN)/uv pip install --quiet --python $(FLOORS)/bin/python --resolution lowest-direct --editable '.[test]'
+	touch $@
+
+floors: $(FLOORS)/installed
+	$(call listed,$(FLOORS))
+
+# The same on the newest versions and another Python, which uv finds or installs: make other-python OTHER=3.13
+OTHER ?= 3.12
+OTHERS := .venv-other-python
+other-python: .venv/installed
+	$(BIN)/uv venv --quiet --clear --python $(OTHER) $(OTHERS)
+	$(BIN)/uv pip install --quiet --python $(OTHERS)/bin/python --editable '.[test]'
+	$(call listed,$(OTHERS))
+
+# Compiled files are written even where the environment forbids it: a new environment has none, and each rank would
+# compile half of torch again.
+listed = PATH="$(CURDIR)/$(1)/bin:$$PATH" PYTHONDONTWRITEBYTECODE= \
+    $(1)/bin/python -m pytest -p no:cacheprovider @tests/floors.txt
+
 # Peers to be compared with. Where they cannot be installed their rows say so.
 .venv/peers: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]' || echo "no peers: their rows stay empty"
@@ -41,4 +64,4 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/bench.py
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(FLOORS) $(OTHERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

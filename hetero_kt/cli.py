@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hetero_kt import __version__
+from hetero_kt import __version__, requirements
 from hetero_kt.messages import printable
 
 if typing.TYPE_CHECKING:
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = _parser().parse_args(argv)
     try:
+        for warning in requirements.check():
+            print(warning, file=sys.stderr, flush=True)
         status = arguments.command(arguments)
     except ValueError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)

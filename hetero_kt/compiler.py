@@ -37,7 +37,8 @@ def compile_chosen(modules: Mapping[str, nn.Module], chosen: Collection[str]) ->
 
     for name, module in modules.items():
         if name in chosen:
-            torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
+            # The name that torch 2.6 knows; to later ones it is another for recompile_limit.
+            torch._dynamo.config.cache_size_limit = max(FORMS, torch._dynamo.config.cache_size_limit)
             module.compile()
 
 
@@ -52,7 +53,7 @@ def on_compiling(told: Callable[[], None]) -> None:
     """Call `told` whenever something begins to be compiled, until `forget`."""
     import torch._dynamo.callback
 
-    torch._dynamo.callback.on_compile_start(lambda _: told())
+    torch._dynamo.callback.on_compile_start(lambda *_: told())  # torch 2.6 passes nothing
 
 
 def as_written() -> AbstractContextManager[Any]:

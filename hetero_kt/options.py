@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 
 import tyro
 
+from hetero_kt import requirements
 from hetero_kt.checks import check, zero_block
 from hetero_kt.config import PAIRS, Data, Distill, MergeNet, Recipe, Teacher, nearest, read_recipe, root, to_yaml
 from hetero_kt.distributed.environment import likely_rank, place
@@ -88,6 +89,9 @@ def parse(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | None 
         SystemExit: 0 after `--help` and `--print`, 2 after bad input; only the first rank prints.
     """
     try:
+        for warning in requirements.check():
+            if is_first_rank():
+                print(warning, file=sys.stderr, flush=True)
         recipe, options = resolve(variants, argv)
     except ValueError as error:
         leave(error)

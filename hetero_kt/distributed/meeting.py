@@ -38,6 +38,7 @@ def connect(host: str, port: int, *, serve: bool, seconds: float) -> dist.TCPSto
     listens there alone, since whoever reaches a store can write to it."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     server = serve and not agent
+    listening = _listening(host, port) if server and loopback(host) else None
     return dist.TCPStore(
         host,
         port,
@@ -45,7 +46,8 @@ def connect(host: str, port: int, *, serve: bool, seconds: float) -> dist.TCPSto
         timeout=timedelta(seconds=seconds),
         wait_for_workers=False,
         multi_tenant=True,  # the process group opens it once more
-        master_listen_fd=_listening(host, port) if server and loopback(host) else None,
+        master_listen_fd=listening,
+        use_libuv=listening is None,  # torch 2.6 cannot give libuv a socket that listens already
     )
 
 
