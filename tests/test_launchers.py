@@ -17,7 +17,7 @@ from hetero_kt.config import Distill, Recipe
 from hetero_kt.models import bert, build, modality_values, xvlm
 from hetero_kt.nn.reencode import find_weight
 
-LAUNCHERS = sorted((Path(__file__).parents[1] / "launchers").glob("*.py"))
+LAUNCHERS = sorted((Path(__file__).parents[1] / "launchers").glob("[!_]*.py"))
 
 
 @cache

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hetero_kt import start
+from hetero_kt import shipped, start
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -419,8 +419,8 @@ class Cluster:
         except subprocess.TimeoutExpired:
             self.process.kill()
 
-    def run(self, *command: str) -> str:
-        enter = ["nsenter", "--target", self.first, "--mount", "--net", "--uts", "--ipc", "--pid", f"--wd={ROOT}"]
+    def run(self, *command: str, where: Path = ROOT) -> str:
+        enter = ["nsenter", "--target", self.first, "--mount", "--net", "--uts", "--ipc", "--pid", f"--wd={where}"]
         return subprocess.run(
             [*enter, *command], env=self.environment, check=True, capture_output=True, text=True, timeout=60
         ).stdout
@@ -522,6 +522,19 @@ def test_two_nodes_run_a_launcher(slurm: Cluster, tmp_path: Path, batch_file: st
     assert result["world_size"] == 2
     assert "2 ranks on node1 node2" in out.read_text()
     assert slurm.job(job)["Restarts"] == "0"
+
+
+@real
+def test_an_installed_launcher_runs_from_a_folder_that_holds_the_copied_batch_file_alone(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    shipped.copy("train.sbatch", tmp_path)
+    options = ("--parsable", "--output", "out", "--nodes", "2")
+    launcher = ("-m", "hetero_kt.launchers.cifar_mergenet", "--debug")
+    job = slurm.run("sbatch", *options, "slurm/train.sbatch", *launcher, where=tmp_path).strip()
+    assert slurm.wait(job) == "COMPLETED", (tmp_path / "out").read_text()
+    result = json.loads((tmp_path / "runs/cifar_mergenet_debug/transfer/seed0/result.json").read_text())
+    assert result["world_size"] == 2
 
 
 @real

@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from hetero_kt import extras
 from hetero_kt.data import counter
 from hetero_kt.data.images import ImageSet, channel_statistics, class_counts, draw_per_class
 
@@ -16,9 +17,7 @@ _KEY = counter.key(1, 0)
 @cache
 def digits(train: bool) -> ImageSet:
     """One side of a fixed, stratified split: 80 % to train on, 20 % to test on."""
-    from sklearn.datasets import load_digits  # importing scikit-learn costs a second
-
-    bundled = load_digits()
+    bundled = extras.load("sklearn.datasets", "demo", "--data.NAME.name digits").load_digits()
     grey = torch.from_numpy(bundled.images) * (255 / 16)  # pixels are counts from 0 to 16
     images = grey.round().to(torch.uint8).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
     everything = ImageSet(images, torch.from_numpy(bundled.target).long(), 10, (), (), "digits")
