@@ -1,9 +1,9 @@
-# make demo | test | torture | floors | other-python | check | bench | clean; each installs what it lacks into .venv first.
+# make demo | test | all | torture | floors | other-python | check | bench | clean; each installs what it lacks into .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test torture floors other-python check lint bench clean
+.PHONY: demo test all torture floors other-python check lint bench clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,10 @@ demo: .venv/installed
 # A file's tests stay together: they share what was started for them.
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# Everything, with the further forms that .ci/run leaves out; about two hours on two cores.
+all: lint test
+	$(BIN)/python -m pytest -m "slow or nightly" --numprocesses 2 --dist loadfile
 
 # A small run, killed a hundred times; a quarter of an hour or two.
 torture: .venv/installed

@@ -26,6 +26,7 @@ from hetero_kt import shipped, start
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+NIGHTLY = pytest.mark.nightly
 BATCH_FILES = ("train", "deepspeed_train", "array")
 
 # --- stand-ins ---
@@ -509,8 +510,8 @@ def real(test: Callable[..., None]) -> Callable[..., None]:
     ("batch_file", "launcher", "run"),
     [
         ("train", LAUNCHER, "cifar_mergenet_debug/transfer"),
-        ("deepspeed_train", LAUNCHER, "cifar_mergenet_debug/transfer"),
-        ("train", "launchers/cifar_fbt.py", "cifar_fbt_debug/fbt"),
+        pytest.param("deepspeed_train", LAUNCHER, "cifar_mergenet_debug/transfer", marks=NIGHTLY),
+        pytest.param("train", "launchers/cifar_fbt.py", "cifar_fbt_debug/fbt", marks=NIGHTLY),
         ("deepspeed_train", "launchers/xvlm_vqa.py", "xvlm_vqa_debug/transfer"),
     ],
 )
@@ -538,8 +539,17 @@ def test_an_installed_launcher_runs_from_a_folder_that_holds_the_copied_batch_fi
 
 
 @real
-@pytest.mark.parametrize("batch_file", ["train", "deepspeed_train"])
-@pytest.mark.parametrize("command", ["scancel --signal=USR1 --batch", "scancel --signal=USR1", "scontrol requeue"])
+@pytest.mark.parametrize(
+    ("batch_file", "command"),
+    [
+        ("train", "scancel --signal=USR1 --batch"),
+        ("train", "scancel --signal=USR1"),
+        ("train", "scontrol requeue"),
+        ("deepspeed_train", "scancel --signal=USR1 --batch"),
+        pytest.param("deepspeed_train", "scancel --signal=USR1", marks=NIGHTLY),
+        pytest.param("deepspeed_train", "scontrol requeue", marks=NIGHTLY),
+    ],
+)
 def test_a_stopped_job_ends_like_an_uninterrupted_one(
     slurm: Cluster, uninterrupted: Path, tmp_path: Path, batch_file: str, command: str
 ) -> None:
@@ -555,7 +565,7 @@ def test_a_stopped_job_ends_like_an_uninterrupted_one(
 
 
 @real
-@pytest.mark.parametrize("batch_file", ["train", "deepspeed_train"])
+@pytest.mark.parametrize("batch_file", ["train", pytest.param("deepspeed_train", marks=NIGHTLY)])
 def test_a_killed_rank_ends_the_job_and_requeues_it(
     slurm: Cluster, uninterrupted: Path, tmp_path: Path, batch_file: str
 ) -> None:
@@ -570,7 +580,7 @@ def test_a_killed_rank_ends_the_job_and_requeues_it(
 
 
 @real
-@pytest.mark.parametrize("batch_file", ["train", "deepspeed_train"])
+@pytest.mark.parametrize("batch_file", ["train", pytest.param("deepspeed_train", marks=NIGHTLY)])
 def test_a_hung_rank_is_named_and_its_job_requeued(
     slurm: Cluster, uninterrupted: Path, tmp_path: Path, batch_file: str
 ) -> None:
