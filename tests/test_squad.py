@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import lzma
 import multiprocessing
 import os
 import shutil
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -370,6 +372,31 @@ def test_windows_and_their_best_tokens_equal_a_slow_reference(length, room, stri
     owners = {token: n for n, (first, count) in enumerate(runs) for token in range(first, first + count)}
     assert [owners[token] for token in range(length)] == best
     assert sum(count for _, count in runs) == length
+
+
+def test_windows_of_a_long_paragraph_take_memory_in_proportion_to_it():
+    windows = squad.spans(100_000, 51, 16)
+    tracemalloc.start()
+    try:
+        assert sum(count for _, count in squad.most_context(windows, 100_000)) == 100_000
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 10_000_000, f"{most:,} bytes"
+
+
+@pytest.mark.parametrize("name", ["train-v2.0.json", "train-v2.0.json.xz"])
+@pytest.mark.parametrize("harm", ["deep", "bomb", "fifo"])
+def test_deep_json_bombs_and_fifos_are_refused_in_one_sentence(tmp_path, monkeypatch, name, harm):
+    file = tmp_path / name
+    content = b"[" * 200_000 if harm == "deep" else bytes(5_000_000)
+    if harm == "fifo":
+        os.mkfifo(file)
+    else:
+        monkeypatch.setattr(squad, "_MOST", 1_000_000)
+        file.write_bytes(lzma.compress(content) if file.suffix == ".xz" else content)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{name} cannot be read \([^\n]*fetch it again[^\n]*$"):
+        squad.read((file,))
 
 
 def test_rows_are_question_and_context_between_special_tokens(tmp_path, tokens):

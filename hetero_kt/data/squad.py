@@ -12,7 +12,8 @@ Shape suffixes: B rows, L tokens of a row, W windows.
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
+import io
 import lzma
 from collections import Counter
 from collections.abc import Iterator
@@ -22,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from hetero_kt.data import cache, counter
+from hetero_kt.data import cache, counter, parquet
 from hetero_kt.data.text import Encoded, Tokenizer, blank, joined
+from hetero_kt.documents import parse_json
+from hetero_kt.files import read_regular
 from hetero_kt.messages import first_line
 
 _FORMAT = 1  # of the cache
+_MOST = 2**30  # bytes of a file; the official ones have 42 million
 _HELD_OUT = counter.key(0, 0)
 _OFFICIAL = {"train": ("train-v2.0.json",), "validation": ("dev-v2.0.json", "validation-v2.0.json")}
 _NAMED = 5  # questions that a notice names
@@ -153,8 +155,8 @@ def _question(entry: dict[str, Any], contexts: dict[str, int]) -> Question:
 
 def _from_parquet(file: Path) -> Iterator[dict[str, Any]]:
     try:
-        rows = pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+        rows = parquet.read_columns(file).to_pylist()
+    except OSError as error:
         raise _damaged(file, error) from error
     for row in rows:
         answers = row["answers"]
@@ -164,9 +166,8 @@ def _from_parquet(file: Path) -> Iterator[dict[str, Any]]:
 
 def _from_json(file: Path) -> Iterator[dict[str, Any]]:
     try:
-        packed = file.read_bytes()
-        content = json.loads(lzma.decompress(packed) if file.suffix == ".xz" else packed)
-    except (OSError, lzma.LZMAError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = parse_json(_text(file))
+    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
         raise _damaged(file, error) from error
     for article in content["data"]:
         for paragraph in article["paragraphs"]:
@@ -174,6 +175,22 @@ def _from_json(file: Path) -> Iterator[dict[str, Any]]:
                 pairs = [(answer["text"], answer["answer_start"]) for answer in asked["answers"]]
                 shared = {"title": article.get("title", ""), "context": paragraph["context"]}
                 yield {"id": asked["id"], "question": asked["question"], "answers": pairs, **shared}
+
+
+def _text(file: Path) -> bytes:
+    """The bytes of a JSON file, unpacked where it is packed.
+
+    Raises:
+        OSError, EOFError or lzma.LZMAError: it cannot be read, or unpacks to too much.
+    """
+    packed = read_regular(file, _MOST)
+    if file.suffix != ".xz":
+        return packed
+    with lzma.open(io.BytesIO(packed)) as stream:
+        found = stream.read(_MOST + 1)
+    if len(found) > _MOST:
+        raise OSError(errno.EFBIG, f"it unpacks to more than the {_MOST:,} bytes that are read")
+    return found
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
@@ -206,18 +223,17 @@ def most_context(windows: list[tuple[int, int]], length: int) -> list[tuple[int,
     """For each window the run of tokens (first, count) that it shows with the most context: the smaller of what is
     left and right of the token, with 0.01 for each of the window's tokens, as BERT's authors weigh it. Each token
     belongs to one window, the first of equals."""
-    tokens = np.arange(length)
-    scores = []
-    for first, count in windows:
-        around = np.minimum(tokens - first, first + count - 1 - tokens)
-        scores.append(np.where(around < 0, -1.0, around + 0.01 * count))
-    best = np.argmax(scores, axis=0)
-    runs = []
-    for window in range(len(windows)):
-        (mine,) = np.nonzero(best == window)
-        assert len(mine) == 0 or mine[-1] - mine[0] + 1 == len(mine)
-        runs.append((int(mine[0]), len(mine)) if len(mine) else (0, 0))
-    return runs
+    scores, best = np.full(length, -1.0), np.zeros(length, np.int32)
+    for window, (first, count) in enumerate(windows):
+        inside = np.arange(count)
+        score = np.minimum(inside, count - 1 - inside) + 0.01 * count
+        own = slice(first, first + count)
+        better = score > scores[own]
+        scores[own][better], best[own][better] = score[better], window
+    counts = np.bincount(best, minlength=len(windows))
+    firsts = np.cumsum(counts) - counts  # later windows begin later, so that what belongs to one is one run
+    assert (np.diff(best) >= 0).all()
+    return [(int(first), int(count)) if count else (0, 0) for first, count in zip(firsts, counts, strict=True)]
 
 
 def _build(source: Questions, tokenizer: Tokenizer, settings: Windows) -> cache.Entry:
@@ -435,6 +451,6 @@ def _piece(arrays: dict[str, np.ndarray], what: str, number: int) -> np.ndarray:
 
 def _bytes(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_regular(file, _MOST)
     except OSError as error:
         raise _damaged(file, error) from error
