@@ -434,8 +434,10 @@ def _ask(arguments: argparse.Namespace) -> int:
 
 
 def _features(arguments: argparse.Namespace) -> int:
+    from hetero_kt import extras
     from hetero_kt.features import features
 
+    extras.load("matplotlib", "report", "features")
     features(
         arguments.models,
         arguments.images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import resource
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import timm
 
 import hetero_kt
-from hetero_kt import extras, models, provenance
+from hetero_kt import cli, extras, models, provenance, report
 from hetero_kt.models import cifar, names, swin, xvlm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +121,26 @@ def test_a_missing_extra_is_one_sentence_with_the_command_that_mends_it(monkeypa
     monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
     with pytest.raises(ValueError, match=r"^digits needs sklearn: install it with pip install 'hetero-kt\[demo\]'\.$"):
         extras.load("sklearn.datasets", "demo", "digits")
+
+
+def test_a_report_without_matplotlib_is_tables_and_a_page_and_says_what_draws_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "r" / "none" / "seed0"
+    run.mkdir(parents=True)
+    result = {"recipe": "r", "control": "none", "seed": 0, "steps": 4, "metrics": {"m": {"top1": 50.0}}}
+    (run / "result.json").write_text(json.dumps(result))
+    (run / "metrics.jsonl").write_text('{"step": 4, "m/test_top1": 50.0}\n')
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.finish(tmp_path / "r")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "needs matplotlib: install it with pip install 'hetero-kt[report]'" in said
+    assert (tmp_path / "r" / "report.html").is_file()
+    assert not (tmp_path / "r" / "curves.png").exists()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["features", "cifar:resnet_tiny", "--images", "x.png", "--png", "out.png"])
+    assert stop.value.code == 2
+    assert "features needs matplotlib" in capsys.readouterr().err
 
 
 def git(folder: Path, *words: str) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hetero_kt import extras
 from hetero_kt.files import write_named
 from hetero_kt.messages import printable
 from hetero_kt.report import text
@@ -71,8 +72,7 @@ def curves_png(experiments: Sequence[Experiment]) -> bytes:
 @contextmanager
 def _plainly() -> Iterator[None]:
     """Inside, a name with dollars is no formula, and letters that no font has are no news."""
-    import matplotlib
-
+    matplotlib = extras.load("matplotlib", "report", "a figure")
     with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False}):
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
