@@ -129,7 +129,7 @@ class Trained:
         # The decoder's words and their embeddings are one tensor, which that code expects twice.
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is there and is no regular file: name another file.")
+            raise ValueError(f"{path} cannot be written (it is no regular file): name another file.")
         path = Path(os.path.realpath(path))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
