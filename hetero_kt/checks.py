@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -146,8 +147,10 @@ def _check_data(name: str, data: Data, world: int) -> None:
     _at_least(f"{option}.image-size", data.image_size, 1)
     _at_least(f"{option}.workers", data.workers, 0)
     _at_least(f"{option}.augmentations", data.augmentations, 0)
-    if data.name == "shards" and data.pipeline == "fast":
-        raise ValueError(f"{option}.pipeline fast augments sets in memory: use timm for shards.")
+    if data.name in ("shards", "tars") and data.pipeline == "fast":
+        raise ValueError(f"{option}.pipeline fast augments sets in memory: use timm for {data.name}.")
+    if data.name == "tars":
+        _check_tars(option, data)
     if data.name == "shards" and not data.folder:
         raise ValueError(f"{option}.folder is empty: name what hetero-kt shards has written.")
     if data.name in PAIRS and not data.folder and data.text.tokenizer != GENERATED:
@@ -173,12 +176,29 @@ def _check_data(name: str, data: Data, world: int) -> None:
         raise ValueError(f"{option}.batch {data.batch} does not divide over {world} ranks: use {fits}, for example.")
 
 
+def _check_tars(option: str, data: Data) -> None:
+    """Refuse settings of `tars` that show a mistake before a tar is looked at."""
+    if not data.folder:
+        raise ValueError(f"{option}.folder names no tars: write them like train-{{0000..1023}}.tar.")
+    if data.label and not re.fullmatch(r"cls|txt|json:.+", data.label):
+        raise ValueError(f"{option}.label {data.label} is no entry with labels: use cls, txt, or json:FIELD.")
+    if data.shuffle < 0:
+        raise ValueError(f"{option}.shuffle {data.shuffle} is no number of pictures: use 0 or more.")
+    if not data.test and not data.validation:
+        raise ValueError(
+            f"{option}.test names no tars to evaluate on: name some, or hold out a part with {option}.validation 0.05."
+        )
+    if data.test and data.validation:
+        raise ValueError(f"{option}.test and {option}.validation both say what is evaluated on: give one of them.")
+
+
 def _check_meant(option: str, data: Data) -> None:
     """Refuse a field that the set does not have: it would be in the recipe and change nothing."""
     plain = Data()
     others = {
         **dict.fromkeys(("fraction", "blank", "candidates"), PAIRS),
         "answers": ("vqa",),
+        **dict.fromkeys(("test", "label", "classes", "shuffle"), ("tars",)),
     }
     for field, sets in others.items():
         if data.name not in sets and getattr(data, field) != getattr(plain, field):

@@ -109,17 +109,28 @@ class Text:
 class Data:
     """One data set and the batches drawn from it."""
 
-    name: Literal["cifar100", "digits", "generated", "shards", "squad", "imdb", "pretraining", "vqa", "captions"] = (
-        "cifar100"
-    )
-    """`shards` are webdataset shards that `hetero-kt shards` has written; `squad` (version 2), `imdb` and `pretraining`
-    (masked language modelling of both sets' training texts) are for BERT and DistilBERT; `vqa` (questions about
-    pictures) and `captions` (pictures and their descriptions) for X-VLM."""
+    name: Literal[
+        "cifar100", "digits", "generated", "shards", "tars", "squad", "imdb", "pretraining", "vqa", "captions"
+    ] = "cifar100"
+    """`shards` are webdataset shards that `hetero-kt shards` has written, and `tars` any others; `squad` (version 2),
+    `imdb` and `pretraining` (masked language modelling of both sets' training texts) are for BERT and DistilBERT; `vqa`
+    (questions about pictures) and `captions` (pictures and their descriptions) for X-VLM."""
     batch: int = 128
     """Global batch: rows per optimizer step over all ranks."""
     folder: str = ""
-    """Below the data folder: of `shards`, the one with `train/` and `validation/` in it; of `vqa` and `captions`, that
-    of the set (`vqa_v2`, `coco`, `daquar`, `flickr8k`)."""
+    """Below the data folder: of `shards`, the one with `train/` and `validation/` in it; of `tars`, the tars to train
+    on, as webdataset writes them (`train-{0000..1023}.tar`, several by `::`); of `vqa` and `captions`, that of the set
+    (`vqa_v2`, `coco`, `daquar`, `flickr8k`)."""
+    test: str = ""
+    """Of `tars`: those to evaluate on, written like `folder`."""
+    label: str = ""
+    """Of `tars`: the entry with a picture's class, `cls`, `txt` or `json:FIELD`; empty takes what the first picture has
+    beside it, `json:label` of a JSON file."""
+    classes: str = ""
+    """Of `tars`: their number; or a file that numbers their names, with one a line, or JSON. Empty takes what the
+    training labels show."""
+    shuffle: int = 1000
+    """Of `tars`: encoded pictures that each worker keeps to draw the next one from."""
     fraction: float = 1.0
     """Of `vqa` and `captions`: share of the training pictures that is kept."""
     answers: int = 3128

@@ -79,7 +79,16 @@ def _tiny_data(entry: Data, batch: int) -> Data:
         return replace(small, text=TINY_TEXT, image_size=TINY_WORLD, candidates=DEBUG_CANDIDATES)
     if entry.name in TEXTS:
         return replace(small, text=TINY_TEXT)
-    return replace(small, name="generated", image_size=32)
+    plain = Data()
+    return replace(
+        small,
+        name="generated",
+        image_size=32,
+        test=plain.test,
+        label=plain.label,
+        classes=plain.classes,
+        shuffle=plain.shuffle,
+    )
 
 
 def _tiny(name: str) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from hetero_kt import data, parts
 from hetero_kt.checks import zero_block
-from hetero_kt.config import XVLM, Distill, MergeNet, Recipe
+from hetero_kt.config import XVLM, Data, Distill, MergeNet, Recipe
 from hetero_kt.cost import (
     ModelCost,
     TransferCost,
@@ -28,6 +28,7 @@ from hetero_kt.cost import (
     teacher_stages,
     transfer_cost,
 )
+from hetero_kt.data import census
 from hetero_kt.data.shards import INDEX, write_stand_in
 from hetero_kt.nn.stages import Stages, expose
 
@@ -51,20 +52,22 @@ def show(recipe: Recipe, world: int, memory: float = 0.0) -> None:
 
 def _with_shards(recipe: Recipe, place: Path) -> Recipe:
     """`recipe` with an index in `place` for shards that nobody has written yet."""
-    missing = [
-        name
-        for name, one in recipe.data.items()
-        if one.name == "shards" and not (data.folder(one, recipe.data_dir) / "train" / INDEX).exists()
-    ]
+    missing = [name for name, one in recipe.data.items() if not _there(one, recipe.data_dir)]
     if not missing:
         return recipe
     write_stand_in(place / "train", IMAGENET_CLASSES, IMAGENET_SAMPLES)
     print(
-        f"The shards of {', '.join(missing)} are not there: planned for ImageNet-1K's {IMAGENET_CLASSES:,} classes and "
-        f"{IMAGENET_SAMPLES:,} pictures."
+        f"The pictures of {', '.join(missing)} are not there: planned for ImageNet-1K's {IMAGENET_CLASSES:,} classes "
+        f"and {IMAGENET_SAMPLES:,} pictures."
     )
-    stood_in = {name: replace(recipe.data[name], folder=str(place)) for name in missing}
+    stood_in = {name: replace(recipe.data[name], name="shards", folder=str(place)) for name in missing}
     return replace(recipe, data={**recipe.data, **stood_in})
+
+
+def _there(one: Data, data_dir: str) -> bool:
+    if one.name == "tars":
+        return census.listed(one.folder, data.root(data_dir), "--data.NAME.folder")[0].exists()
+    return one.name != "shards" or (data.folder(one, data_dir) / "train" / INDEX).exists()
 
 
 def _show(recipe: Recipe, world: int, memory: float) -> None:

@@ -178,6 +178,8 @@ def _announce(
         dropped = loader.samples % loader.global_batch if loader.global_batch < loader.samples else 0
         if dropped:
             print(f"{name}: {dropped} samples an epoch are dropped: batch {loader.global_batch}", flush=True)
+        if promise := getattr(loader, "promise", ""):
+            print(f"{name}: {promise}", flush=True)
 
 
 def _left_out(

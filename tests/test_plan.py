@@ -313,14 +313,17 @@ def test_local_rank_of_the_deepspeed_command_is_dropped() -> None:
     assert without_local_rank(["--local_rank=1", "--seed", "3", "--local-rank", "0"]) == ["--seed", "3"]
 
 
-def test_shards_that_nobody_has_written_yet_are_planned_as_imagenets(tmp_path: Any, capsys: Any) -> None:
-    pictures = Data("shards", folder="imagenet", batch=8, pipeline="timm", image_size=32, workers=0)
+@pytest.mark.parametrize(
+    "named", [{"name": "shards", "folder": "imagenet"}, {"name": "tars", "folder": "t-{0..9}.tar", "test": "v.tar"}]
+)
+def test_pictures_that_nobody_has_written_yet_are_planned_as_imagenets(named: Any, tmp_path: Any, capsys: Any) -> None:
+    pictures = Data(**named, batch=8, pipeline="timm", image_size=32, workers=0)
     method = Distill({"teacher": Teacher("cifar:resnet_tiny", init="random")}, "crd")
     student = Model("cifar:mobilenetv2_tiny", "d", zero="ds_configs/zero1.json")
     recipe = Recipe("planned", {"student": student}, {"d": pictures}, method, steps=1, data_dir=str(tmp_path))
     plan.show(recipe, 2)
     said = capsys.readouterr().out
-    assert "The shards of d are not there: planned for ImageNet-1K's 1,000 classes and 1,281,167 pictures." in said
+    assert "The pictures of d are not there: planned for ImageNet-1K's 1,000 classes and 1,281,167 pictures." in said
     counted = sum(p.numel() for p in models.build("cifar:mobilenetv2_tiny", 1000).parameters())
     assert f"{counted / 1e6:.2f}M" in said
     memory = Memory.bytes(1_281_167, method.crd.width) / 2**30

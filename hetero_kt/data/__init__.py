@@ -20,9 +20,10 @@ from hetero_kt.data.imdb import ReviewRows, imdb
 from hetero_kt.data.loader import Loader
 from hetero_kt.data.masked import MaskedRows, pretraining
 from hetero_kt.data.mixing import Mixer
-from hetero_kt.data.pictures import InMemory, PictureLoader, Unreadable
+from hetero_kt.data.pictures import InMemory, PictureLoader, Source, Unreadable
 from hetero_kt.data.shards import Index, Shards, local
 from hetero_kt.data.squad import SquadRows, Windows, squad
+from hetero_kt.data.tars import Tars, census_and_classes
 from hetero_kt.data.text import Rows, TextLoader, Tokenizer, load_tokenizer
 
 __all__ = ["ImageSet", "Loader", "PictureLoader", "Unreadable", "classes", "load", "open_loader"]
@@ -71,29 +72,32 @@ def open_loader(
         tokens = tokenizer(config, data_dir)
         return make(config, root(data_dir), tokens, train=train, seed=seed, rank=rank, world=world, device=device)
     if config.pipeline == "fast":
-        if config.name == "shards":
-            raise ValueError("data shards: the fast pipeline augments in memory: use --data.NAME.pipeline timm")
+        if config.name in ("shards", "tars"):
+            raise ValueError(f"data {config.name}: the fast pipeline augments in memory: use --data.NAME.pipeline timm")
         images = load(config, data_dir, train=train)
         mix = _mixer(config, images.classes, train, seed, rank, world)
         augment = config.augment if train else ()
         return Loader(images, config.batch, seed, augment, *place, mix, config.augmentations)
-    source = _shards(config, data_dir, train) if config.name == "shards" else InMemory(_load(config, data_dir, train))
-    return PictureLoader(
-        source,
-        config.batch,
-        seed,
-        config.transform,
-        config.image_size,
-        *place,
-        workers=config.workers,
-        corrupt=config.corrupt,
-        mixer=_mixer(config, source.classes, train, seed, rank, world),
-        augmentations=config.augmentations,
-    )
+    source = _source(config, data_dir, train)
+    shown = (config.batch, seed, config.transform, config.image_size)
+    how: dict[str, Any] = {
+        "workers": config.workers,
+        "corrupt": config.corrupt,
+        "mixer": _mixer(config, source.classes, train, seed, rank, world),
+        "augmentations": config.augmentations,
+    }
+    if train and isinstance(source, Tars):
+        from hetero_kt.data.tarstream import TarLoader
+
+        return TarLoader(source, *shown, *place, shuffle=config.shuffle, **how)
+    return PictureLoader(source, *shown, *place, **how)
 
 
 def classes(config: Data, data_dir: str = "") -> int:
-    """Classes of a data set, known before it is read. Raises ValueError for shards without an index."""
+    """Classes of a data set, known before it is read. Raises ValueError for shards without an index, and for tars that
+    do not fit."""
+    if config.name == "tars":
+        return census_and_classes(config, root(data_dir), train=True)[1].classes
     if config.name == "shards":
         return len(Index(folder(config, data_dir) / "train").classes)
     return {"cifar100": 100, "digits": 10, "generated": GENERATED_CLASSES, "imdb": 2}[config.name]
@@ -101,8 +105,10 @@ def classes(config: Data, data_dir: str = "") -> int:
 
 def samples(config: Data, data_dir: str = "") -> int:
     """About how many pictures a data set trains on (classes round on their own), known before it is read. Raises
-    ValueError for shards without an index."""
-    if config.name == "shards":
+    ValueError for shards without an index, and for tars that do not fit."""
+    if config.name == "tars":
+        whole = len(census_and_classes(config, root(data_dir), train=True)[0].table())
+    elif config.name == "shards":
         whole = len(Index(folder(config, data_dir) / "train").table())
     else:
         whole = {"cifar100": 50_000, "digits": 1_438, "generated": 1_600}[config.name]
@@ -122,10 +128,15 @@ def folder(config: Data, data_dir: str) -> Path:
     return local(place, "--data-dir") / local(config.folder, "--data.NAME.folder")
 
 
-def _shards(config: Data, data_dir: str, train: bool) -> Shards:
+def _source(config: Data, data_dir: str, train: bool) -> Source:
+    if config.name not in ("shards", "tars"):
+        return InMemory(_load(config, data_dir, train))
+
     def choose(labels: np.ndarray, classes: int) -> np.ndarray:
         return _rows(torch.from_numpy(labels), classes, config, train).numpy()
 
+    if config.name == "tars":
+        return Tars(config, root(data_dir), choose, train=train)
     index = Index(folder(config, data_dir) / "train")
     if not train and config.validation == 0:
         train_classes, index = index.classes, Index(folder(config, data_dir) / "validation")
@@ -178,8 +189,8 @@ def _read(config: Data, data_dir: str, train: bool) -> ImageSet:
         return digits(train)
     if config.name == "generated":
         return generated(train)
-    if config.name == "shards":
-        raise ValueError("data shards: they are not read into memory: use open_loader")
+    if config.name in ("shards", "tars"):
+        raise ValueError(f"data {config.name}: they are not read into memory: use open_loader")
     return cifar100(root(data_dir), train)
 
 

@@ -182,8 +182,8 @@ class PictureLoader:
         self._source, self._corrupt, self._mixer = source, corrupt, mixer
         self._image_size, self._workers, self.augmentations = image_size, workers, augmentations
         augmented, plain = (_Transformed(transform, image_size, source, training) for training in (True, False))
-        self._train = _Decoding(source, augmented, image_size, seed, replacing=True)
-        self._eval = _Decoding(source, plain, image_size, seed, replacing=False)
+        self._train = Decoding(source, augmented, image_size, seed, replacing=True)
+        self._eval = Decoding(source, plain, image_size, seed, replacing=False)
         self._stream: Stream | None = None
         self._bad: dict[int, str] = {}
         self._deaths = 0
@@ -208,9 +208,9 @@ class PictureLoader:
         started = time.perf_counter()
         if self._stream is None or self._stream.position != step:
             self.close()
-            self._stream = self._open(self._train, self._task, step, None, self.global_batch // self.order.world)
+            self._stream = self._ahead(step)
         with self._alive():
-            drawn: _Drawn = next(self._stream)
+            drawn: Batch = next(self._stream)
         self._waited += time.perf_counter() - started
         self._steps += 1
         self._note(drawn)
@@ -226,13 +226,13 @@ class PictureLoader:
             ValueError: a damaged sample, where those are to end the run.
         """
         rows = list(self.order.in_turn(batch))
-        stream = self._open(self._eval, lambda k: _Task(rows[k][0], None), 0, len(rows), len(rows[0][0]))
+        stream = self._open(self._eval, lambda k: Task(rows[k][0], None), 0, len(rows), len(rows[0][0]))
         wanted = sound = 0
         reason = ""
         try:
             for samples_B, counts_B in rows:
                 with self._alive():
-                    drawn: _Drawn = next(stream)
+                    drawn: Batch = next(stream)
                 self._note(drawn)
                 sound_B = ~np.isin(samples_B, [sample for sample, _ in drawn.bad])
                 wanted, sound = wanted + int(counts_B.sum()), sound + int((counts_B & sound_B).sum())
@@ -291,27 +291,31 @@ class PictureLoader:
         """
         if not wanted:
             return
-        stream = self._open(self._train, lambda k: _Task(*wanted[k]), 0, len(wanted), len(wanted[0][0]))
+        stream = self._open(self._train, lambda k: Task(*wanted[k]), 0, len(wanted), len(wanted[0][0]))
         try:
             for _ in wanted:
                 with self._alive():
-                    drawn: _Drawn = next(stream)
+                    drawn: Batch = next(stream)
                 self._note(drawn)
                 yield self._move(drawn.pictures)
         finally:
             stream.close()
 
-    def _task(self, step: int) -> _Task:
-        return _Task(*self.drawn(step))
+    def _task(self, step: int) -> Task:
+        return Task(*self.drawn(step))
+
+    def _ahead(self, step: int) -> Stream:
+        """Training batches from `step` on."""
+        return self._open(self._train, self._task, step, None, self.global_batch // self.order.world)
 
     def _open(
-        self, decoding: _Decoding, tasks: Callable[[int], _Task], first: int, last: int | None, rows: int
+        self, decoding: Decoding, tasks: Callable[[int], Task], first: int, last: int | None, rows: int
     ) -> Stream:
         result_bytes = rows * 3 * self._image_size**2 * 4
         workers = usable(min(self._workers, (last or self._workers)), result_bytes)
         return Stream(decoding, tasks, first, last, workers, pin=self.device.type == "cuda")
 
-    def _note(self, drawn: _Drawn) -> None:
+    def _note(self, drawn: Batch) -> None:
         self._busy += drawn.seconds
         self._decoded += len(drawn.labels)
         for sample, reason in drawn.bad:
@@ -339,7 +343,7 @@ class PictureLoader:
         return tensor.to(self.device, non_blocking=True)
 
 
-class _Task(NamedTuple):
+class Task(NamedTuple):
     """What to decode."""
 
     samples_B: np.ndarray
@@ -347,7 +351,7 @@ class _Task(NamedTuple):
     """None does not augment."""
 
 
-class _Drawn(NamedTuple):
+class Batch(NamedTuple):
     """What became of a task."""
 
     pictures: Tensor
@@ -359,14 +363,14 @@ class _Drawn(NamedTuple):
     seconds: float
 
 
-class _Decoding(Dataset[_Drawn]):
+class Decoding(Dataset[Batch]):
     """Tasks to batches, in whatever process: what it draws depends on the task alone."""
 
     def __init__(self, source: Source, transform: _Transformed, image_size: int, seed: int, replacing: bool) -> None:
         self._source, self._transform, self._seed, self._replacing = source, transform, seed, replacing
         self._image_size = image_size
 
-    def __getitem__(self, task: _Task) -> _Drawn:
+    def __getitem__(self, task: Task) -> Batch:
         started = time.perf_counter()
         pictures = _batch(len(task.samples_B), self._image_size)
         used_B = task.samples_B.copy()
@@ -389,7 +393,7 @@ class _Decoding(Dataset[_Drawn]):
                     pictures[row] = 0
                     lost |= self._replacing
         labels = torch.from_numpy(self._source.labels[used_B])
-        return _Drawn(pictures, labels, bad, lost, time.perf_counter() - started)
+        return Batch(pictures, labels, bad, lost, time.perf_counter() - started)
 
     def _candidates(self, sample: int) -> Iterator[int]:
         """The sample, then those that may stand in for it, the same ones in every run."""

@@ -121,6 +121,11 @@ class _Tasks:
         return self._pending
 
 
+def preload(*modules: str) -> None:
+    """Let a server that starts from now on import these too, so that no worker has to by itself."""
+    _PRELOADED.extend(module for module in modules if module not in _PRELOADED)
+
+
 def usable(workers: int, result_bytes: int) -> int:
     """How many of the `workers` can be started here, each with its results ahead in shared memory.
 
