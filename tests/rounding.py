@@ -55,7 +55,7 @@ STILL = Nudge(0)
 
 
 @cache
-def expected(reference: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+def result_of(reference: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """`reference(*args)`, computed once in a process; not to be changed."""
     return reference(*args, nudge=STILL)
 
@@ -63,7 +63,7 @@ def expected(reference: Callable[..., dict[str, Any]], *args: Any) -> dict[str, 
 @cache
 def movement(reference: Callable[..., dict[str, Any]], *args: Any) -> dict[str, float]:
     """Of each part of `reference(*args, nudge=...)`, how far its numbers move; measured once in a process."""
-    still = flat(expected(reference, *args))
+    still = flat(result_of(reference, *args))
     moved = [flat(reference(*args, nudge=Nudge(seed))) for seed in range(1, NUDGES + 1)]
     return {part: max(difference(other[part], values) for other in moved) for part, values in still.items()}
 
@@ -114,4 +114,10 @@ def _leaves(tree: Any, at: str) -> Iterable[tuple[str, Any]]:
         for name, branch in tree.items():
             yield from _leaves(branch, f"{at}/{name}")
     else:
-        yield at, tree.detach().numpy() if isinstance(tree, Tensor) else np.asarray(tree)
+        yield at, _array(tree)
+
+
+def _array(values: Any) -> Any:
+    if isinstance(values, list):
+        return np.stack([_array(one) for one in values])
+    return values.detach().numpy() if isinstance(values, Tensor) else np.asarray(values)

@@ -18,7 +18,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from refusal import Ended, assert_refused
-from rounding import Nudge, assert_close, expected, movement
+from rounding import Nudge, assert_close, movement, result_of
 from safetensors.torch import load_file, save_file
 from test_fbt import CLASSES, ROWS, SIZE, frozen, rows_of, zero
 from test_launchers import LAUNCHERS, load
@@ -541,7 +541,7 @@ def plain_baseline(kind: str, case: str, world: int, nudge: Nudge) -> dict[str, 
 def test_baselines_equal_a_plain_single_process(ranks: Any, kind: str, case: str, stage: int) -> None:
     found = ranks(2).run(train_baseline, kind, case, stage)
     plainly = (plain_baseline, kind, case, 2)
-    assert_close(found[0], expected(*plainly), movement(*plainly))
+    assert_close(found[0], result_of(*plainly), movement(*plainly))
 
 
 @pytest.mark.parametrize("tokens", [False, pytest.param(True, marks=pytest.mark.slow)])
