@@ -6,9 +6,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from rounding import Nudge, assert_close, movement, result_of
 from small import PLAIN, SITES, batch, build_pair, loss, zero
@@ -215,6 +217,72 @@ def halves(step: int, turn: int, turns: int) -> tuple[Tensor, Tensor]:
 def test_accumulated_micro_batches_equal_averaged_gradients(ranks: Any, stage: int) -> None:
     result = ranks(1).run(train, stage, OPTIMS["sgd"], "exact", "fp32", 2)[0]
     assert_equal(result, EVERYTHING, "sgd", 2, "exact", halves)
+
+
+def forgets_masters(patch: pytest.MonkeyPatch) -> None:
+    for name in ("safe_set_full_fp32_param", "safe_set_local_fp32_param"):
+        patch.setattr(deepspeed.utils, name, lambda parameter, value: None)
+
+
+def writes_masters_alone(patch: pytest.MonkeyPatch) -> None:
+    def write(weights: Any, *args: Any) -> None:
+        shown = [weight.parameter.data.clone() for weight in weights]
+        whole(weights, *args)
+        for weight, value in zip(weights, shown, strict=True):
+            weight.parameter.data.copy_(value)
+
+    whole = params.write
+    patch.setattr(params, "write", write)
+
+
+def loses_gradients(patch: pytest.MonkeyPatch) -> None:
+    """One of two micro-batches', or one of two ranks'."""
+
+    def backward(engine: DeepSpeedEngine, value: Tensor, **options: Any) -> Any:
+        turn = engine.micro_steps % 2 if dist.get_world_size() == 1 else dist.get_rank()
+        return whole(engine, value * turn, **options)
+
+    whole = DeepSpeedEngine.backward
+    patch.setattr(DeepSpeedEngine, "backward", backward)
+
+
+def counts_a_row_twice(patch: pytest.MonkeyPatch) -> None:
+    """In place of another, on one of two ranks."""
+
+    def rows(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        x, y = whole(step, rank, world)
+        if world == 2 and rank == 1:
+            x[1], y[1] = x[0], y[0]
+        return x, y
+
+    whole = batch
+    patch.setitem(globals(), "batch", rows)
+
+
+def train_with(fault: Callable[[pytest.MonkeyPatch], None], stage: int, accumulation: int) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        fault(patch)
+        return train(stage, OPTIMS["sgd"], "exact", "fp32", accumulation)
+
+
+@pytest.mark.parametrize(
+    ("fault", "world", "stage"),
+    [
+        (forgets_masters, 2, 1),
+        (forgets_masters, 2, 3),
+        (writes_masters_alone, 2, 2),
+        (loses_gradients, 1, 1),
+        (loses_gradients, 2, 2),
+        (counts_a_row_twice, 2, 3),
+    ],
+)
+def test_a_fault_lies_beyond_what_rounding_moves(ranks: Any, fault: Any, world: int, stage: int) -> None:
+    """Else the comparisons above would hold whatever happens."""
+    turns = (2, "exact", halves) if world == 1 else (2, "exact")
+    result = ranks(world).run(train_with, fault, stage, 3 - world)[0]
+    for part in ("conv", "perceptron"):
+        with pytest.raises(AssertionError, match=f"^{part}.* off, and rounding moves {part} by"):
+            assert_equal(result, [part], "sgd", *turns)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
