@@ -21,6 +21,7 @@ from hetero_kt.config import (
     Schedule,
     Teacher,
     Transfer,
+    check_names,
     nearest,
 )
 from hetero_kt.documents import read_bytes
@@ -65,9 +66,10 @@ def check(recipe: Recipe, world: int = 1) -> None:
     Raises:
         ValueError: one sentence with the option and the mend.
     """
+    check_names(recipe)
+    check_seed("--seed", recipe.seed)
     for option, number, least in (
         ("--steps", recipe.steps, 1),
-        ("--seed", recipe.seed, 0),
         ("--eval-every", recipe.eval_every, 0),
         ("--save-every", recipe.save_every, 0),
         ("--log-every", recipe.log_every, 1),
@@ -116,6 +118,24 @@ def check(recipe: Recipe, world: int = 1) -> None:
     for name, model in recipe.models.items():
         if model.checkpointing and model.name not in XVLMS:
             raise ValueError(f"--models.{name}.checkpointing is for distillation and X-VLM only: leave it out.")
+
+
+MOST_SEED = 2**32 - 1
+"""NumPy takes no larger seed, and what is derived from this one fits torch's 64 bits."""
+
+
+def check_seed(option: str, seed: object) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        ValueError: no whole number from 0 to 2^32 - 1.
+    """
+    if isinstance(seed, int) and -MOST_SEED <= seed < 0:
+        _at_least(option, seed, 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MOST_SEED:
+        shown = ascii(seed)
+        shown = shown if len(shown) <= 40 else f"{shown[:36]}..."
+        raise ValueError(f"{option} {shown} is no seed: use a whole number from 0 to {MOST_SEED}.")
 
 
 def _check_compiled(recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from hetero_kt.documents import MOST_YAML, parse_yaml, read_bytes
-from hetero_kt.messages import printable, shown
+from hetero_kt.messages import check_word, printable, shown
 
 Control = Literal["transfer", "none", "noise", "shuffled", "frozen", "standardise", "sharing"]
 """`transfer` is the method itself; the others are the controls that a gain has to beat, and `sharing` the paper's own
@@ -626,7 +626,7 @@ def read_recipe(file: Path) -> Recipe:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as `from_yaml`, or the file cannot be read.
+        ValueError: as `from_yaml`, the file cannot be read, or a name in it is no plain word.
     """
     try:
         text = read_bytes(file, MOST_YAML).decode("utf-8")
@@ -634,7 +634,39 @@ def read_recipe(file: Path) -> Recipe:
         raise ValueError(f"{file} cannot be read (it is not UTF-8): restore it, or name another run.") from error
     except ValueError as error:
         raise ValueError(f"{file} cannot be read ({error}): restore it, or name another run.") from error
-    return from_yaml(text)
+    recipe = from_yaml(text)
+    check_names(recipe, f"{file}: ")
+    return recipe
+
+
+def check_names(recipe: Recipe, where: str = "--") -> None:
+    """Refuse names that are no plain words, and models of which one would be exported over another's average.
+
+    Names become folders and files of the run, so that a path in a stranger's recipe would reach outside of it.
+
+    Args:
+        where: stands in front of a field's path in the sentence.
+
+    Raises:
+        ValueError: one sentence with the name.
+    """
+    check_word(f"{where}name", recipe.name)
+    method = recipe.method
+    named: dict[str, Iterable[Any]] = {
+        "data": recipe.data,
+        "models": recipe.models,
+        "method.transfers": method.transfers if isinstance(method, MergeNet) else (),
+        "method.teachers": method.teachers if isinstance(method, Distill) else (),
+    }
+    for kind, names in named.items():
+        for name in names:
+            check_word(f"{where}{kind}'s name", name)
+    for name, model in recipe.models.items():
+        if model.ema and f"{name}_ema" in recipe.models:
+            raise ValueError(
+                f"{where}models.{name}_ema: the average of {name}'s weights is exported under that name: give the "
+                "model another name."
+            )
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import reprlib
 import unicodedata
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+def check_word(option: str, name: object) -> None:
+    """Refuse a name that is no plain word. Names become those of files and folders, and a recipe may be a stranger's.
+
+    Args:
+        option: what is called so, for the sentence.
+
+    Raises:
+        ValueError: anything but 1 to 100 letters, digits, `_`, `.` and `-` of ASCII, the first a letter or a digit.
+    """
+    if not isinstance(name, str) or _WORD.fullmatch(name) is None:
+        raise ValueError(
+            f"{option} {shown(name)} is no plain word: use up to 100 letters, digits, _ . and -, no sign first."
+        )
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, for use within a sentence: its first line without the full stop, or else its name."""
     if isinstance(error, OSError) and error.strerror:  # without its number, and the path that the sentence names
         return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:500].rstrip(". "))
 
 
 def printable(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from hetero_kt import requirements
-from hetero_kt.checks import check, zero_block
+from hetero_kt.checks import check, check_seed, zero_block
 from hetero_kt.config import PAIRS, Data, Distill, MergeNet, Recipe, Teacher, nearest, read_recipe, root, to_yaml
 from hetero_kt.distributed.environment import likely_rank, place
 from hetero_kt.messages import printable
@@ -146,6 +146,7 @@ def resolve(variants: Variants | Callable[[], Recipe], argv: Sequence[str] | Non
         raise ValueError(f"--variant {variant} is unknown: use {nearest(variant, variants)}.")
     base = variants[variant]()
     _check_keys(base, arguments)
+    _check_seeds(arguments)
     parsed = tyro.cli(
         _CommandLine,
         args=arguments,
@@ -313,6 +314,8 @@ def check_options(options: Options) -> None:
         raise ValueError(
             f"--max-steps {options.max_steps} is negative: give a number of steps, or 0 for the whole run."
         )
+    for seed in options.seeds:
+        check_seed("--seeds", seed)
     repeated = [seed for seed in options.seeds if options.seeds.count(seed) > 1]
     if repeated:
         raise ValueError(f"--seeds names {repeated[0]} twice: give every seed once.")
@@ -346,6 +349,25 @@ def _value_of(option: str, arguments: Sequence[str]) -> str:
         if name == option:
             value = text if equals else "".join(arguments[position + 1 : position + 2])
     return value
+
+
+def _check_seeds(arguments: Sequence[str]) -> None:
+    """Refuse seeds that are no whole numbers, in one sentence where the parser would print a box."""
+    option = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            option = name if name in ("--seed", "--seeds") else ""
+            if not (option and equals):
+                continue
+        else:
+            value = argument
+        if option:
+            try:
+                seed: object = int(value)
+            except ValueError:
+                seed = value
+            check_seed(option, seed)
 
 
 def _check_keys(recipe: Recipe, arguments: Sequence[str]) -> None:

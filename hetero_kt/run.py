@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from hetero_kt.folder import (
     check_same_everywhere,
     fingerprint,
     look,
+    noted,
     open_folder,
     owned,
     run_folder,
@@ -50,7 +52,7 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal, pulse:
 
     Raises:
         UserError: the recipe, its data or the run folder does not fit; raised on all ranks before any engine starts.
-        Diverged: proposals were not finite five times in a row; a checkpoint has been written.
+        Diverged: proposals, losses or the state were not finite; the last sound checkpoint is as it was.
     """
     pulse = pulse or Heartbeat(ranks, patience=0)
     pulse.long("preparing the run")
@@ -59,13 +61,13 @@ def run(recipe: Recipe, options: Options, ranks: Ranks, stop: StopSignal, pulse:
         check(recipe, ranks.world)
         seen: list[Any] = [look(recipe, options, folder) if ranks.first else None]
     dist.broadcast_object_list(seen)  # a shared file system may show others less for a while: the first decides
-    start_from, finished = seen[0]
+    start_from, finished, resume = seen[0]
     if finished >= min(recipe.steps, options.max_steps or recipe.steps):
         if ranks.first:
             print(f"{folder} is finished: nothing to do (use --resume never to start over)", flush=True)
         return True
-    with owned(recipe, folder, ranks):
-        return _run(recipe, options, ranks, stop, pulse, folder, start_from)
+    with owned(recipe, folder, ranks), noted(folder, options.resume, start_from, ranks):
+        return _run(recipe, replace(options, resume=resume), ranks, stop, pulse, folder, start_from)
 
 
 def _run(
@@ -96,7 +98,7 @@ def _run(
     with agreed():
         check_same_everywhere(seen_data)
         if ranks.first:
-            open_folder(recipe, options, folder, seen_data)
+            open_folder(recipe, options.resume, start_from, folder, seen_data)
     parameters = {name: parts.parameters(module) for name, module in modules.items()}
     if ranks.first:
         _announce(recipe, parameters, prepared, train, start_from)

@@ -107,15 +107,24 @@ def _show_plan(recipe: Recipe, options: Options) -> None:
 def _show_unfinished(recipe: Recipe, options: Options, variants: Mapping[str, Callable[[], Recipe]]) -> None:
     """Print the runs that this command line means and that have no result yet, a line each with the step of the newest
     complete checkpoint (0 for none), then how many there are. RANK and WORLD_SIZE in the environment name the ranks
-    that are to come, so that a batch too small for them is refused."""
+    that are to come, so that a batch too small for them is refused.
+
+    Where the command asks for another start than `--resume auto`, that is noted in the runs' folders: the ranks may die
+    before they reach them, and the batch file adds `--resume auto` to a restart.
+    """
     from hetero_kt.distributed import layout
-    from hetero_kt.folder import finished_steps, run_folder
+    from hetero_kt.folder import asked, finished_steps, note_intent, run_folder
 
     count = 0
     for one in (*runs_before(recipe, options, variants), *runs(recipe, options)):
         folder = run_folder(one)
         last = min(one.steps, options.max_steps or one.steps) if one.name == recipe.name else one.steps
-        if finished_steps(folder) < last:
+        if options.resume != "auto" and one.name == recipe.name:
+            note_intent(folder, options.resume)
+        if (resume := asked(folder)) != "auto":
+            print(f"unfinished: {folder} --resume {resume}", flush=True)
+            count += 1
+        elif finished_steps(folder) < last:
             saved = layout.complete(folder / "checkpoints")
             print(f"unfinished: {folder} {saved[-1].name if saved else 0}", flush=True)
             count += 1

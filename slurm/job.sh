@@ -57,7 +57,7 @@ launch=("$@")
 # itself says so. The line that counts them shows that it has answered and did not train.
 unfinished() {
     local said
-    said=$(RANK=0 WORLD_SIZE=$world "${container[@]}" python "${launch[@]}" --unfinished) || return
+    said=$(RANK=0 WORLD_SIZE=$world "${container[@]}" python "${launch[@]}" "$@" --unfinished) || return
     if ! grep -q '^unfinished runs: [0-9]' <<<"$said"; then
         echo "error: ${launch[*]} does not say which of its runs are unfinished: it has to call hetero_kt's main()." >&2
         return 2
@@ -94,7 +94,7 @@ step() {
         done
     fi
     [[ -z $reminder ]] || kill "$reminder" 2>/dev/null
-    if ! after=$(unfinished); then
+    if ! after=$(unfinished --resume auto); then # the first look has noted what else this start was asked for
         say "the step ended with status $status, and what it has left cannot be read"
         exit 1
     fi

@@ -9,12 +9,16 @@ Saving changes no state: every rank's buffers and random state are kept as they 
 number of ranks is bit-equal to an uninterrupted one. On another number floating-point buffers become the mean over the
 saved ranks, which is what an evaluation sees, and random state begins afresh; weights, moments and averages are the
 same to the bit.
+
+Nothing that is not finite is saved: the threads look at every weight, moment, average, buffer and adapter before they
+write, and what any rank has found makes the checkpoint none. `raise_if_not_finite` looks at the same in one reduction
+on the device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
-import shutil
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -27,12 +31,20 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from hetero_kt import files
 from hetero_kt.distributed import layout
 from hetero_kt.distributed.agreement import Unwritable, UserError, agreed
 from hetero_kt.distributed.background import Background
-from hetero_kt.distributed.layout import Entry
+from hetero_kt.distributed.layout import REMOVE, Entry
 from hetero_kt.distributed.learner import Learner
-from hetero_kt.distributed.saved import Saved, SavedModel
+from hetero_kt.distributed.saved import DAMAGE, Saved, SavedModel
+from hetero_kt.messages import first_line
+from hetero_kt.nn.soundness import first_not_finite, look_finite
+from hetero_kt.removal import CHECKPOINT, is_folder, remove_written
+
+
+class NotFinite(RuntimeError):
+    """Some weight, moment, average, buffer or adapter is NaN or infinite; raised on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class Checkpoints:
             shared: plain state that is equal on all ranks and of no learner; the first rank's is written.
 
         Raises:
+            NotFinite: a part of the last one's state; it is no checkpoint, and no older one was removed.
             UserError: this one's folder or the last one's files could not be written.
         """
         before = self._finish()
@@ -78,30 +91,23 @@ class Checkpoints:
             return before
         began = time.perf_counter()
         target, rank = self.folder / str(step), dist.get_rank()
+        state = _State(learners, shared)
         with agreed():
             if rank == 0:
                 self._pruned()  # it would take what is begun for something torn
                 _make_room(target)
-        trees: dict[str, Any] = {
-            "own": {
-                "models": {name: learner.own() for name, learner in learners.items()},
-                "random": random_state(),
-            },
-            **({"shared": dict(shared)} if rank == 0 else {}),
-        }
-        entries = [entry for name, learner in learners.items() for entry in learner.entries(name)]
-        entries += [entry for kind, tree in trees.items() for entry in layout.leaves(tree, kind)]
-        about = {
-            "models": {name: learner.about() for name, learner in learners.items()},
-            **{kind: layout.described(tree, kind) for kind, tree in trees.items()},
-        }
+        entries, about = state.written(rank)
         with agreed():  # a rank without memory for it must not leave the others waiting
             self._writing = writing = _Writing(target, rank, self._host.copy(entries), about)
         writing.stall = time.perf_counter() - began
         return before
 
     def settle(self) -> Written | None:
-        """Complete the checkpoint that is being written if all ranks have written their files. Collective."""
+        """Complete the checkpoint that is being written if all ranks have written their files. Collective.
+
+        Raises:
+            NotFinite: a part of its state; it is no checkpoint.
+        """
         if self._writing is None:
             return None
         busy = torch.tensor(int(self._writing.is_alive()), device=self.device)
@@ -112,6 +118,7 @@ class Checkpoints:
         """Wait for the checkpoint that is being written and complete it, and until old ones are gone. Collective.
 
         Raises:
+            NotFinite: a part of its state; it is no checkpoint.
             UserError: some rank could not write; the last complete checkpoint is as it was.
         """
         written = self._finish()
@@ -131,17 +138,20 @@ class Checkpoints:
                 if writing.problem:
                     raise ValueError(writing.problem)
             found: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(found, (writing.files, writing.seconds))
+            dist.all_gather_object(found, (writing.files, writing.seconds, writing.not_finite))
+            if bad := next(filter(None, (name for _, _, name in found)), ""):
+                raise NotFinite(f"{bad} is not finite")
             with agreed():
                 if first:
-                    self._complete(writing.target, [files for files, _ in found])
-        except UserError:
+                    self._complete(writing.target, [written for written, _, _ in found])
+        except (UserError, NotFinite):
             if first:
-                shutil.rmtree(writing.target, ignore_errors=True)  # a full disk has better use for it
+                with contextlib.suppress(OSError):
+                    remove_written(writing.target, CHECKPOINT)  # a full disk has better use for it
             raise
         self.last = step
         stall = writing.stall + time.perf_counter() - began
-        return Written(step, stall, max(seconds for _, seconds in found))
+        return Written(step, stall, max(seconds for _, seconds, _ in found))
 
     def _complete(self, target: Path, files: Sequence[Mapping[str, Any]]) -> None:
         try:
@@ -156,6 +166,62 @@ class Checkpoints:
             pruning.join()
             if pruning.problem is not None:
                 raise pruning.problem
+
+
+class _State:
+    """What a rank holds at a step, before anything is copied."""
+
+    def __init__(self, learners: Mapping[str, Learner], shared: Mapping[str, Any]) -> None:
+        self.learners, self.shared = learners, shared
+        self.own = {"models": {name: learner.own() for name, learner in learners.items()}}
+        self.pieces = [entry for name, learner in learners.items() for entry in learner.entries(name)]
+
+    def raise_if_not_finite(self, device: torch.device) -> None:
+        """Collective.
+
+        Raises:
+            NotFinite: with the name of the first tensor of the first rank that has one.
+        """
+        held = [*self.pieces, *layout.leaves(self.own, "own"), *layout.leaves(dict(self.shared), "shared")]
+        tensors = [entry.tensor for entry in held]
+        sound = look_finite(tensors, device).to(torch.int32)
+        dist.all_reduce(sound, op=dist.ReduceOp.MIN)
+        if sound.item():
+            return
+        bad = first_not_finite(tensors)
+        named: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(named, "" if bad is None else _called(held[bad]))
+        if any(named):
+            raise NotFinite(f"{next(filter(None, named))} is not finite")
+
+    def written(self, rank: int) -> tuple[list[Entry], dict[str, Any]]:
+        """The tensors that this rank writes, and what stands in their index besides."""
+        trees: dict[str, Any] = {
+            "own": {**self.own, "random": random_state()},
+            **({"shared": dict(self.shared)} if rank == 0 else {}),
+        }
+        entries = [*self.pieces, *(entry for kind, tree in trees.items() for entry in layout.leaves(tree, kind))]
+        about = {
+            "models": {name: learner.about() for name, learner in self.learners.items()},
+            **{kind: layout.described(tree, kind) for kind, tree in trees.items()},
+        }
+        return entries, about
+
+
+def _called(entry: Entry) -> str:
+    """What an entry is, for a sentence: `resnet's weight fc.bias`, `method/paths/there/adapter/body.0.weight`."""
+    if entry.model:
+        return f"{entry.model}'s {entry.kind} {entry.name}"
+    return entry.name
+
+
+def raise_if_not_finite(learners: Mapping[str, Learner], shared: Mapping[str, Any], device: torch.device) -> None:
+    """Look at all that a checkpoint would hold. Collective.
+
+    Raises:
+        NotFinite: with the name of a tensor that is NaN or infinite somewhere.
+    """
+    _State(learners, shared).raise_if_not_finite(device)
 
 
 class _Pruning(Background):
@@ -181,13 +247,19 @@ class _Writing(Background):
         super().__init__()
         self.target, self.rank, self.entries, self.about = target, rank, entries, about
         self.files: dict[str, Any] = {}
+        self.not_finite = ""
+        """The first tensor that is not."""
         self.problem, self.seconds, self.stall = f"{target} was not written to its end.", 0.0, 0.0
         self.start()
 
     def run(self) -> None:
         began = time.perf_counter()
         try:
-            self.files = layout.write_rank(self.target, self.rank, self.entries, self.about)
+            bad = first_not_finite([entry.tensor for entry in self.entries])
+            if bad is None:
+                self.files = layout.write_rank(self.target, self.rank, self.entries, self.about)
+            else:
+                self.not_finite = _called(self.entries[bad])
             self.problem = ""
         except (OSError, SafetensorError) as error:
             self.problem = str(Unwritable(f"the checkpoint {self.target}", error))
@@ -219,9 +291,11 @@ class _Host:
 def _make_room(target: Path) -> None:
     """An empty folder `target`; what an earlier kill has left there goes."""
     try:
-        (target / "DONE").unlink(missing_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
+        if is_folder(target):
+            (target / "DONE").unlink(missing_ok=True)
+            remove_written(target, CHECKPOINT)
         target.mkdir(parents=True, exist_ok=True)
+        files.sync(target.parent)
     except OSError as error:
         raise Unwritable(f"the checkpoint {target}", error) from error
 
@@ -238,15 +312,26 @@ def load(path: Path, learners: Mapping[str, Learner]) -> tuple[dict[str, Any], i
     """
     rank = dist.get_rank()
     with agreed(), Saved(path) as saved:
-        same = saved.ranks == dist.get_world_size()
-        own = saved.tree("own", rank) if same else {"models": saved.buffers()}
-        for name, learner in learners.items():
-            learner.restore(SavedModel(saved, name), own["models"][name])
-        shared = saved.tree("shared")
+        try:
+            same = saved.ranks == dist.get_world_size()
+            own = saved.tree("own", rank) if same else {"models": saved.buffers()}
+            for name, learner in learners.items():
+                learner.restore(SavedModel(saved, name), own["models"][name])
+            shared = saved.tree("shared")
+        except DAMAGE as error:
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(
+                f"{path} is not one of this run's ({type(error).__name__}: {first_line(error)}): {REMOVE}."
+            ) from error
     for learner in learners.values():
         learner.refresh()
-    if same:
-        restore_random_state(own["random"])
+    with agreed():
+        try:
+            if same:
+                restore_random_state(own["random"])
+        except DAMAGE as error:
+            raise ValueError(f"{path} holds no random state ({first_line(error)}): {REMOVE}.") from error
     return shared, saved.ranks
 
 

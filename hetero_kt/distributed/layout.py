@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +28,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hetero_kt import files
+from hetero_kt.messages import first_line
+from hetero_kt.removal import CHECKPOINT, is_folder, remove_written
 
 LAYOUT = 2
 """Of the files; 1 was DeepSpeed's own."""
@@ -85,6 +89,8 @@ def described(tree: Any, kind: str, at: str = "") -> Any:
 def write_rank(folder: Path, rank: int, entries: Sequence[Entry], about: Mapping[str, Any]) -> dict[str, Any]:
     """Write a rank's two files; what `write_done` has to know of them. `about` is what stands in the index besides."""
     data, index = folder / f"rank{rank}.safetensors", folder / f"rank{rank}.json"
+    for path in (data, index):
+        path.unlink(missing_ok=True)  # a link left there must not be followed
     save_file({entry.key: entry.tensor for entry in entries}, data)
     tensors = {
         entry.key: {
@@ -101,25 +107,25 @@ def write_rank(folder: Path, rank: int, entries: Sequence[Entry], about: Mapping
     }
     index.write_text(json.dumps({"layout": LAYOUT, "rank": rank, "tensors": tensors, **about}))
     data.chmod(stat.S_IMODE(index.stat().st_mode))  # as the umask says; safetensors' own mode is for the owner alone
-    return {file.name: {"bytes": file.stat().st_size, "crc32": checksum(file, sync=True)} for file in (data, index)}
+    about = {file.name: {"bytes": file.stat().st_size, "crc32": checksum(file, sync=True)} for file in (data, index)}
+    files.sync(folder)
+    return about
 
 
-def write_done(folder: Path, ranks: int, files: Mapping[str, Any]) -> None:
+def write_done(folder: Path, ranks: int, written: Mapping[str, Any]) -> None:
     """Make `folder` a complete checkpoint."""
-    content = {"layout": LAYOUT, "step": int(folder.name), "ranks": ranks, "files": dict(files)}
-    part = folder / "DONE.part"
-    part.write_text(json.dumps(content, indent=1))
-    checksum(part, sync=True)
-    os.replace(part, folder / "DONE")
+    content = {"layout": LAYOUT, "step": int(folder.name), "ranks": ranks, "files": dict(written)}
+    files.write_whole(folder / "DONE", json.dumps(content, indent=1))
+    files.sync(folder.parent)
 
 
 def prune(folder: Path, keep: int) -> None:
     """Remove what is torn, and complete checkpoints but for the newest `keep`."""
     for old in complete(folder)[:-keep]:
         (old / "DONE").unlink()  # first the marker: a kill in between must not leave half of a valid one
-    for path in folder.glob("*"):
-        if path.name.isdigit() and not (path / "DONE").exists():
-            shutil.rmtree(path)
+    for path in steps(folder):
+        if not (path / "DONE").exists():
+            remove_written(path, CHECKPOINT)
 
 
 def checksum(file: Path, *, sync: bool = False) -> str:
@@ -136,10 +142,69 @@ def checksum(file: Path, *, sync: bool = False) -> str:
 # --- reading ---
 
 
+_STEP = re.compile(r"0|[1-9][0-9]{0,14}")
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's folder is called by; None for another name."""
+    return int(path.name) if _STEP.fullmatch(path.name) else None
+
+
+def steps(folder: Path) -> list[Path]:
+    """Folders of checkpoints, complete or not, oldest first."""
+    found = [(step, path) for path in folder.glob("*") if (step := step_of(path)) is not None and is_folder(path)]
+    return [path for _, path in sorted(found)]
+
+
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [p for p in folder.glob("*") if p.name.isdigit() and (p / "DONE").exists()]
-    return sorted(found, key=lambda p: int(p.name))
+    """Complete checkpoints, oldest first; one that has got another step's name is passed over."""
+    return [path for path in steps(folder) if _said_step(path) == step_of(path)]
+
+
+def _said_step(path: Path) -> int | None:
+    """The step that a checkpoint's DONE says; that of its name where it says none, and None without a DONE."""
+    marker = path / "DONE"
+    if marker.is_symlink() or not marker.is_file():
+        return None
+    try:
+        said = json.loads(files.read_regular(marker, MOST_DONE)).get("step")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return step_of(path)  # `check` says what is wrong with it
+    return said if type(said) is int else step_of(path)
+
+
+def check_folder(folder: Path, renamed: bool = True) -> None:
+    """Refuse a folder of checkpoints in which a run would fail at its next save, or go on from another step.
+
+    Args:
+        renamed: refuse a checkpoint that has got another step's name.
+
+    Raises:
+        ValueError: a file or a link where a checkpoint's folder belongs, or a checkpoint of another step than its name.
+    """
+    if not (folder.exists() or folder.is_symlink()):
+        return
+    if not is_folder(folder):
+        raise ValueError(f"{folder} is a {_kind(folder)} where a folder of checkpoints belongs: move it away.")
+    for path in sorted(folder.iterdir()):
+        if (step := step_of(path)) is None:
+            continue
+        if not is_folder(path):
+            raise ValueError(f"{path} is a {_kind(path)} where a checkpoint's folder belongs: move it away.")
+        if renamed and (said := _said_step(path)) not in (None, step):
+            raise ValueError(_renamed(path, said))
+
+
+def _kind(path: Path) -> str:
+    return "link" if path.is_symlink() else "file"
+
+
+def _renamed(path: Path, step: object) -> str:
+    return f"{path} was saved as step {step}: give it that name back, or remove it."
+
+
+MOST_DONE = 2**26
+"""Bytes of a DONE that is read; a rank has about 200 in it."""
 
 
 def check(path: Path) -> dict[str, Any]:
@@ -150,23 +215,27 @@ def check(path: Path) -> dict[str, Any]:
     """
     if not (path / "DONE").exists():
         raise ValueError(f"{path} is not a complete checkpoint (no DONE in it): name a complete one.")
-    if not path.name.isdigit():
+    if step_of(path) is None:
         raise ValueError(f"{path} is not named by its step: give the checkpoint its number back.")
     try:
-        done = json.loads((path / "DONE").read_text())
-        layout, files = done.get("layout", 1), dict(done["files"])
+        done = json.loads(files.read_regular(path / "DONE", MOST_DONE))
+        layout, step, sizes = done.get("layout", 1), done.get("step"), {}
         if layout == LAYOUT:
-            sizes = {name: (int(about["bytes"]), str(about["crc32"])) for name, about in files.items()}
-            expected = {f"rank{rank}.{end}" for rank in range(int(done["ranks"])) for end in ("json", "safetensors")}
-            if set(sizes) != expected:
+            sizes = {name: (int(about["bytes"]), str(about["crc32"])) for name, about in done["files"].items()}
+            ranks = done["ranks"]
+            if type(ranks) is not int or 2 * ranks != len(sizes):
                 raise ValueError("not the files of its ranks")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if set(sizes) != {f"rank{rank}.{end}" for rank in range(ranks) for end in ("json", "safetensors")}:
+                raise ValueError("not the files of its ranks")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path / 'DONE'} cannot be read: {REMOVE}.") from error
     if layout != LAYOUT:
         raise ValueError(
             f"{path} was written by another version, in a layout that this one does not read: finish it with that "
             "version, or begin again with --resume never."
         )
+    if step is not None and (type(step) is not int or step != step_of(path)):
+        raise ValueError(_renamed(path, step if type(step) is int and -1 < step < 10**15 else "another"))
     for name, (size, _) in sizes.items():
         file = path / name
         if not file.is_file():
@@ -182,7 +251,11 @@ def verify(path: Path, rank: int = 0, world: int = 1) -> None:
     Raises:
         ValueError: as `check`, or a file that is another than was saved.
     """
-    files = check(path)["files"]
-    for name in sorted(files)[rank::world]:
-        if checksum(path / name) != files[name]["crc32"]:
+    saved = check(path)["files"]
+    for name in sorted(saved)[rank::world]:
+        try:
+            found = checksum(path / name)
+        except OSError as error:
+            raise ValueError(f"{path / name} cannot be read ({first_line(error)}): {REMOVE}.") from error
+        if found != str(saved[name]["crc32"]):
             raise ValueError(f"{path / name} is not as it was saved (its checksum differs): {REMOVE}.")

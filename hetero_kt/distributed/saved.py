@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,8 +14,37 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hetero_kt import files
 from hetero_kt.distributed.layout import REMOVE, check
 from hetero_kt.messages import first_line
+
+MOST_INDEX = 2**30
+"""Bytes of a rank's index; a weight's entry has about 200."""
+DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    OSError,
+)
+"""What reading an index or tensors that say absurd things may raise."""
+_DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+}
+"""torch's names of what a checkpoint holds -> those of safetensors."""
 
 
 @dataclass(frozen=True)
@@ -40,39 +70,59 @@ class Saved:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.step = path, int(path.name)
+        self.path = path
         self.ranks = int(check(path)["ranks"])
+        self.step = int(path.name)
         self._opened: dict[int, Any] = {}
         self._stack = ExitStack()
         self.wholes: dict[tuple[str, str, str], _Whole] = {}
         """(model, kind, name) -> where its parts are."""
         self.about: list[dict[str, Any]] = []
         """Each rank's index."""
-        for rank in range(self.ranks):
-            file = path / f"rank{rank}.json"
-            try:
-                index = json.loads(file.read_text())
-                for key, entry in index["tensors"].items():
-                    self._add(rank, key, entry)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file} cannot be read ({first_line(error)}): {REMOVE}.") from error
-            self.about.append(index)
+        try:
+            for rank in range(self.ranks):
+                self._read_index(rank)
+            self._check_ranges()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _read_index(self, rank: int) -> None:
+        file = self.path / f"rank{rank}.json"
+        try:
+            index = json.loads(files.read_regular(file, MOST_INDEX))
+            for key, entry in index["tensors"].items():
+                self._add(rank, key, entry)
+        except DAMAGE as error:
+            if isinstance(error, ValueError) and str(self.path) in str(error):
+                raise
+            raise ValueError(f"{file} cannot be read ({first_line(error)}): {REMOVE}.") from error
+        self.about.append(index)
+
+    def _check_ranges(self) -> None:
         for (model, kind, name), whole in self.wholes.items():
             whole.parts.sort(key=lambda part: (part.start, part.stop))
             ends = [0, *(part.stop for part in whole.parts)]
-            if ends[:-1] != [part.start for part in whole.parts] or ends[-1] != torch.Size(whole.shape).numel():
-                raise ValueError(f"{path} does not hold all of {model}'s {name} ({kind}): {REMOVE}.")
+            if ends[:-1] != [part.start for part in whole.parts] or ends[-1] != math.prod(whole.shape):
+                raise ValueError(f"{self.path} does not hold all of {model}'s {name} ({kind}): {REMOVE}.")
 
     def _add(self, rank: int, key: str, entry: Mapping[str, Any]) -> None:
         if not entry["model"]:
             return  # of a tree, which knows its tensors
         shape, (start, stop) = tuple(map(int, entry["shape"])), map(int, entry["range"])
-        dtype = getattr(torch, entry["dtype"])
-        if not isinstance(dtype, torch.dtype) or min(shape, default=0) < 0:
-            raise ValueError(f"{key} is of {entry['dtype']} and shape {shape}")
-        whole = self.wholes.setdefault((entry["model"], entry["kind"], entry["name"]), _Whole(shape, dtype, []))
-        if (whole.shape, whole.dtype) != (shape, dtype):
+        dtype = str(entry["dtype"])
+        if dtype not in _DTYPES or min(shape, default=0) < 0:
+            raise ValueError(f"{key} is of {dtype} and shape {shape}")
+        if not all(isinstance(entry[one], str) for one in ("model", "kind", "name")):
+            raise ValueError(f"{key} is of a model, a kind or a name that is no text")
+        kind = getattr(torch, dtype)
+        whole = self.wholes.setdefault((entry["model"], entry["kind"], entry["name"]), _Whole(shape, kind, []))
+        if (whole.shape, whole.dtype) != (shape, kind):
             raise ValueError(f"{key} is of another shape or dtype than other ranks say")
+        # Asked of the file before anything of that size is allocated.
+        kept = self._open(rank).get_slice(key)
+        if kept.get_shape() != [stop - start] or kept.get_dtype() != _DTYPES[dtype]:
+            raise ValueError(f"{key} has another size or dtype than its index says")
         whole.parts.append(_Part(start, stop, rank, key))
 
     def __enter__(self) -> Saved:
@@ -84,18 +134,15 @@ class Saved:
     def read(self, model: str, kind: str, name: str, start: int = 0, stop: int = -1) -> Tensor:
         """Elements [start, stop) of a flattened weight, moment or average; all of them without a range."""
         whole = self.wholes[model, kind, name]
-        stop = torch.Size(whole.shape).numel() if stop < 0 else stop
+        stop = math.prod(whole.shape) if stop < 0 else stop
         out = torch.empty(stop - start, dtype=whole.dtype)
         for part in whole.parts:
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last:
-                file = self._open(part.rank)
                 try:
-                    kept = file.get_slice(part.key)
-                    if kept.get_shape() != [part.stop - part.start]:
-                        raise ValueError(f"{part.key} has another size than its index says")
+                    kept = self._open(part.rank).get_slice(part.key)
                     out[first - start : last - start] = kept[first - part.start : last - part.start]
-                except (SafetensorError, ValueError, RuntimeError) as error:
+                except (SafetensorError, *DAMAGE) as error:
                     raise self._unreadable(part.rank, error) from error
         return out
 
@@ -103,22 +150,27 @@ class Saved:
         """`own` of a rank, or `shared` of all."""
         try:
             return _rebuilt(self.about[rank][kind], self._open(rank))
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (SafetensorError, *DAMAGE) as error:
             raise self._unreadable(rank, error) from error
 
     def buffers(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Every model's buffers as one for all ranks: model -> kind -> name -> buffer."""
-        trees = [self.tree("own", rank)["models"] for rank in range(self.ranks)]
-        return {
-            model: {kind: mean_over_ranks([tree[model][kind] for tree in trees]) for kind in kinds}
-            for model, kinds in trees[0].items()
-        }
+        trees = [self.tree("own", rank) for rank in range(self.ranks)]
+        try:
+            return {
+                model: {kind: mean_over_ranks([tree["models"][model][kind] for tree in trees]) for kind in kinds}
+                for model, kinds in trees[0]["models"].items()
+            }
+        except DAMAGE as error:
+            raise ValueError(
+                f"{self.path} does not hold every rank's buffers ({first_line(error)}): {REMOVE}."
+            ) from error
 
     def _open(self, rank: int) -> Any:
         if rank not in self._opened:
             try:
                 self._opened[rank] = self._stack.enter_context(safe_open(self._file(rank), "pt"))
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, *DAMAGE) as error:
                 raise self._unreadable(rank, error) from error
         return self._opened[rank]
 
@@ -147,7 +199,7 @@ class SavedModel:
             parts = [index["models"][model] for index in saved.about]
             self.about: dict[str, Any] = parts[0]
             self._numbers = {name: dict(numbers) for part in parts for name, numbers in part["numbers"].items()}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{saved.path} does not say all about {model}: {REMOVE}.") from error
 
     def kinds(self, name: str) -> Sequence[str]:

@@ -64,8 +64,8 @@ class Sharing:
         """Between backward and step: nothing."""
 
     def learn(self) -> dict[str, Tensor]:
-        """After the steps: both models' moves, in both. Returns how far they agree, `<transfer>/agreement`: the cosine
-        between the two moves."""
+        """After the steps: both models' moves, in both, unless one is not finite. Returns how far they agree,
+        `<transfer>/agreement`: the cosine between the two moves; and `<transfer>/skipped`."""
         if not self._active:
             return {}
         started = time.perf_counter()
@@ -75,7 +75,11 @@ class Sharing:
             assert pair.block is not None
             ours, theirs = (pair.of(side, whole) - pair.block for side in (pair.source, pair.target))
             log[f"{pair.name}/agreement"] = F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)
-            pair.block = pair.block + ours + theirs
+            moved = pair.block + ours + theirs
+            # What one model loses is not the other's too: both go back to the block as it was.
+            finite = torch.isfinite(moved).all()
+            pair.block = torch.where(finite, moved, pair.block)
+            log[f"{pair.name}/skipped"] = 1.0 - finite.float()
             pair.put(whole)
         _write(self._active, whole)
         log["transfer_seconds"] = torch.tensor(time.perf_counter() - started)

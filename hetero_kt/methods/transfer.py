@@ -169,8 +169,8 @@ class Path:
                 "change": change.norm() / self.before.norm().clamp_min(1e-12),
                 "cosine": (change * own).sum() / (change.norm() * own.norm()).clamp_min(1e-30),
                 "sensitivity": self.sensitivity,
-                "skipped": 1.0 - self.finite.float(),
             }
+        taught = self.finite
         if self.adapter is not None:
             log["gate"] = self.adapter.gate_value().detach().clone()
             for layer, omega in enumerate(self.adapter.omega()):
@@ -179,26 +179,44 @@ class Path:
             if self.transfer.update == "exact" and self.gradient is None:
                 raise RuntimeError("update='exact' learns from the gradient: call observe() between backward and step.")
             cotangent = moved if self.gradient is None else self.gradient.to(moved.dtype)
-            self._update(torch.where(self.finite, cotangent, torch.zeros_like(cotangent)))
+            taught = self._update(cotangent)
+        log["skipped"] = 1.0 - taught.float()
         self.gradient = None
         del self.proposal, self.view
         return log
 
-    def _update(self, cotangent: Tensor) -> None:
+    def _update(self, cotangent: Tensor) -> Tensor:
+        """Step the adapter's optimizer, unless the proposal, what it learns from or its gradient is not finite: then
+        adapter and moments stay as they are. Returns whether it has learnt, on the device; the host does not look."""
         assert self.adapter is not None
         self.schedule.step_update(self.updates)
+        taught = self.finite & torch.isfinite(cotangent).all()
+        cotangent = torch.where(taught, cotangent, torch.zeros_like(cotangent))
         learning = [p for p in self.adapter.parameters() if p.requires_grad]
         found = torch.autograd.grad(self.proposal, learning, cotangent, allow_unused=True)
         used = [(p, gradient) for p, gradient in zip(learning, found, strict=True) if gradient is not None]
         # As one vector: a choice and a product each, not one for each of a hundred small tensors.
         flat = torch.cat([gradient.reshape(-1) for _, gradient in used])
-        flat = torch.where(self.finite, flat, 0.0)  # a non-finite proposal has non-finite gradients even at 0
+        taught = taught & torch.isfinite(flat).all()
+        flat = torch.where(taught, flat, 0.0)  # a non-finite proposal has non-finite gradients even at 0
         if self.transfer.optim.clip > 0:
             flat *= (self.transfer.optim.clip / (flat.norm() + 1e-6)).clamp_max(1.0)
         for (p, _), gradient in zip(used, flat.split([p.numel() for p, _ in used]), strict=True):
             p.grad = gradient.view_as(p)
+        self._make_momentum()
+        self.optimizer.found_inf = 1.0 - taught.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.updates += 1
+        return taught
+
+    def _make_momentum(self) -> None:
+        """Zeros for SGD's momentum before its first step: a fused step that is left out would keep what an empty tensor
+        happens to hold."""
+        for group in self.optimizer.param_groups:
+            if group.get("momentum") and not self.optimizer.state:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def warn_if_bad(self) -> int:
         """Say once, on the first rank, that the last proposal was not finite; how many in a row were not."""
@@ -224,8 +242,9 @@ class Path:
             "updates": self.updates,
             "bad_in_a_row": int(self.bad_in_a_row),
             "at_step": self.at_step,
-            "sensitivity": self.sensitivity,
         }
+        if bool(self.sensitivity.isfinite()):  # not measured yet, or not to be measured: nothing to save
+            state["sensitivity"] = self.sensitivity
         if self.adapter is not None:
             state["adapter"] = self.adapter.state_dict()
         if self.learns:
@@ -238,7 +257,7 @@ class Path:
         self.updates = state["updates"]
         self.bad_in_a_row = torch.full_like(self.bad_in_a_row, state["bad_in_a_row"])
         self.bad_seen.send(self.bad_in_a_row)
-        self.sensitivity = state["sensitivity"].to(self.device)
+        self.sensitivity = state.get("sensitivity", torch.tensor(torch.nan)).to(self.device)
         self.at_step = self.warned_at = state["at_step"]
         if "source_before" in state:
             self.source_before = state["source_before"].to(self.device)

@@ -107,11 +107,14 @@ class Memory:
 
     @torch.no_grad()
     def write(self, rows_B: Tensor, seen: Sides) -> None:
-        """Take in the embeddings of the samples `rows_B` of this rank, and those of all others. Collective."""
+        """Take in the embeddings of the samples `rows_B` of this rank, and those of all others. One that is not
+        finite leaves its sample as it was. Collective."""
         rows, both = gather_rows(rows_B), gather_rows(torch.stack([wide(side) for side in seen], dim=1))
         for memory_SD, new_BD in zip(self.sides, both.unbind(1), strict=True):
-            mean_BD = self.momentum * memory_SD[rows] + (1 - self.momentum) * new_BD
-            memory_SD[rows] = F.normalize(mean_BD, dim=-1, eps=1e-6)
+            old_BD = memory_SD[rows]
+            mean_BD = self.momentum * old_BD + (1 - self.momentum) * new_BD
+            finite_B1 = new_BD.isfinite().all(-1, keepdim=True)  # else a sample would be lost for good
+            memory_SD[rows] = torch.where(finite_B1, F.normalize(mean_BD, dim=-1, eps=1e-6), old_BD)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Equal on all ranks."""
