@@ -16,6 +16,8 @@ from hetero_kt.distributed.layout import verify
 from hetero_kt.distributed.saved import Saved, SavedModel
 from hetero_kt.nn.losses.precision import wide
 from hetero_kt.nn.reencode import plain_state_dict
+from hetero_kt.nn.soundness import check_finite
+from hetero_kt.trainer import export_folder
 
 
 def write(checkpoint: Path, to: Path | None = None) -> list[Path]:
@@ -31,7 +33,10 @@ def write(checkpoint: Path, to: Path | None = None) -> list[Path]:
         ValueError: a damaged checkpoint, one outside a run's folder, or a folder that cannot be written.
     """
     checkpoint = checkpoint.resolve()
-    verify(checkpoint)
+    try:
+        verify(checkpoint)
+    except OSError as error:
+        raise ValueError(f"{error.filename or checkpoint} cannot be read ({error.strerror}): mend that.") from error
     folder = checkpoint.parents[1]
     to = folder / f"export-{checkpoint.name}" if to is None else to
     try:
@@ -40,11 +45,12 @@ def write(checkpoint: Path, to: Path | None = None) -> list[Path]:
         raise ValueError(f"{checkpoint} lies in no run's folder: {folder} has no recipe.yaml.") from error
     files = []
     try:
-        to.mkdir(exist_ok=True)
+        export_folder(to)
         with Saved(checkpoint) as saved:
             for name in recipe.models:
                 module, loaders = _whatever_it_takes(recipe, name)
                 for view, state in _views(saved, name):
+                    check_finite(state, f"{checkpoint} is of a run that had diverged")
                     plain = {key: value.contiguous() for key, value in plain_state_dict(state).items()}
                     parts.write_model(recipe, loaders, name, module, plain, to / view)
                     one, in_folder = to / f"{view}.safetensors", to / view / "model.safetensors"
@@ -57,6 +63,8 @@ def write(checkpoint: Path, to: Path | None = None) -> list[Path]:
 def _views(saved: Saved, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(view, whole state dict) of a model and of its average, in fp32 where it trains in bf16; buffers are means over
     the ranks."""
+    if name not in saved.models:
+        raise ValueError(f"{saved.path} holds no model {name}: it is of another recipe than its folder's.")
     model, buffers = SavedModel(saved, name), saved.buffers()[name]
     weights = {key: wide(model.whole("weight", key)) for key in model.shapes}
     yield name, weights | buffers["buffers"]

@@ -9,6 +9,7 @@ from torch import nn
 
 from hetero_kt.config import Optim
 from hetero_kt.distributed import load_deepspeed
+from hetero_kt.nn.reencode import dense
 from hetero_kt.optimizer import build_optimizer
 
 if TYPE_CHECKING:
@@ -62,5 +63,8 @@ def build_engine(
     elif precision == "autocast":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     # A torch optimizer passed in: one that DeepSpeed makes from its config would compile a kernel first.
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):  # DeepSpeed's own pieces have no layout
+            parameter.data = dense(parameter.data)
     engine, *_ = load_deepspeed().initialize(model=model, optimizer=build_optimizer(model, optim), config=config)
     return engine

@@ -146,6 +146,11 @@ class Saved:
                     raise self._unreadable(part.rank, error) from error
         return out
 
+    @property
+    def models(self) -> set[str]:
+        """Names of the models that it holds."""
+        return {model for model, _, _ in self.wholes}
+
     def tree(self, kind: str, rank: int = 0) -> Any:
         """`own` of a rank, or `shared` of all."""
         try:

@@ -128,12 +128,14 @@ def _load(model: nn.Module, name: str, path: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from hetero_kt.nn.soundness import ODD, check_finite
+
     if not Path(path).is_file():
         raise ValueError(f"{name}: init names {path}, which is not a file: give an exported .safetensors file")
     try:
         check(path)
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, *ODD) as error:
         raise ValueError(
             f"{name}: init names {path}, which cannot be read as safetensors ({first_line(error)}): export it again"
         ) from error
@@ -141,6 +143,7 @@ def _load(model: nn.Module, name: str, path: str) -> None:
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(f"{name}: init names {path}, which is another model's ({wrong[0]}{more}): give its own file")
+    check_finite(tensors, f"{name}: init names {path}")
     model.load_state_dict(tensors)
 
 

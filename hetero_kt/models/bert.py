@@ -43,6 +43,7 @@ from hetero_kt.distributed import load_deepspeed
 from hetero_kt.documents import mapping, read_json
 from hetero_kt.files import publish_folder
 from hetero_kt.messages import first_line
+from hetero_kt.nn.soundness import ODD, check_finite
 from hetero_kt.weights import check, save_tensors
 
 Task = Literal["question_answering", "classification", "masked_lm"]
@@ -314,8 +315,10 @@ def _take(model: PreTrainedModel, name: str, path: str) -> Start:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for key in taken:
+            tensor = found[key].read(name)
+            check_finite({key: tensor}, f"{name}: init names {path}")
             with _whole([parameters[key]]):
-                parameters[key].copy_(found[key].read())
+                parameters[key].copy_(tensor)
     left = tuple(key for key in given if key not in taken and key not in model.all_tied_weights_keys)
     return Start(path, tuple(taken), tuple(key for key in shapes if key not in taken), left)
 
@@ -328,10 +331,16 @@ class _Stored:
     key: str
     shape: torch.Size
 
-    def read(self) -> Tensor:
+    def read(self, name: str) -> Tensor:
         # The file is mapped anew for each tensor, so that what has been read does not stay in memory.
-        with safe_open(self.file, "pt") as opened:
-            return opened.get_tensor(self.key)
+        try:
+            with safe_open(self.file, "pt") as opened:
+                return opened.get_tensor(self.key)
+        except (SafetensorError, OSError, *ODD) as error:
+            raise ValueError(
+                f"{name}: init names {self.file}, which cannot be read as safetensors ({first_line(error)}): export it "
+                "again"
+            ) from error
 
 
 def _stored(name: str, path: str) -> dict[str, _Stored]:
@@ -346,7 +355,7 @@ def _stored(name: str, path: str) -> dict[str, _Stored]:
             check(file)
             with safe_open(file, "pt") as opened:
                 shapes = {key: torch.Size(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, *ODD) as error:
             raise ValueError(
                 f"{name}: init names {file}, which cannot be read as safetensors ({first_line(error)}): export it again"
             ) from error

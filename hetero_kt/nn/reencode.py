@@ -192,8 +192,15 @@ class LowRank(nn.Module):
             parameters += [U_Nr * (sigma_r / root_r), root_r[:, None] * V_rM]
         if others:
             parameters.append(torch.cat(others))
-        # DeepSpeed broadcasts parameters as bytes, which needs them contiguous.
-        return tuple(parameter.to(weight.dtype).contiguous() for parameter in parameters)
+        return tuple(dense(parameter.to(weight.dtype)) for parameter in parameters)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor with the strides of a new one. `contiguous` leaves those of dimensions of one element as they are,
+    (1, 10) for a column out of ten, and DeepSpeed, which broadcasts parameters as bytes, refuses them."""
+    if tensor.stride() == torch.empty(tensor.shape, device="meta").stride():
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def multiply(parameters: Sequence[Tensor], shape: Sequence[int], rank_of_part: Sequence[int]) -> Tensor:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+ODD = (TypeError, LookupError, AttributeError, OverflowError, RuntimeError)
+"""What reading a file of weights with flipped bits may raise, besides a reader's own errors."""
+
 
 @torch.no_grad()
 def look_finite(tensors: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
@@ -44,6 +47,4 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """
     bad = first_not_finite(list(tensors.values()))
     if bad is not None:
-        raise ValueError(
-            f"{source}, whose {list(tensors)[bad]} is not finite: give weights of a run that has not diverged"
-        )
+        raise ValueError(f"{source}, whose {list(tensors)[bad]} is not finite: use weights of a sound one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from hetero_kt.distributed.learner import Learner, build_learner
 from hetero_kt.messages import first_line
 from hetero_kt.models.teacher import weights_of
 from hetero_kt.nn import reencode
+from hetero_kt.removal import EXPORT_FOLDER, strangers
 from hetero_kt.tasks import Task, task_of
 from hetero_kt.trainer import write_safetensors
 
@@ -154,6 +156,10 @@ def write_model(
     """The trained model called `name`, as whoever uses it reads it: `<path>.safetensors` for timm's `load_state_dict`,
     a folder `<path>/` for transformers' `from_pretrained` or, of an X-VLM, for `hetero-kt ask`."""
     config = recipe.data[recipe.models[name].data]
+    if config.name in (*data.PAIRS, *data.TEXTS):
+        for place in (path, path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.old")):
+            if found := strangers(place, EXPORT_FOLDER):  # it would be removed with the folder that is replaced
+                raise OSError(errno.ENOTEMPTY, f"no export has written {found[0]} in it", str(place))
     if config.name in data.PAIRS:
         from hetero_kt import ask
 
