@@ -16,21 +16,11 @@ from torch import Tensor
 
 from hetero_kt import files
 from hetero_kt.distributed.layout import REMOVE, check
-from hetero_kt.messages import first_line
+from hetero_kt.messages import first_line, printable
 
 MOST_INDEX = 2**30
 """Bytes of a rank's index; a weight's entry has about 200."""
-DAMAGE = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    OverflowError,
-    RecursionError,
-    RuntimeError,
-    OSError,
-)
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError, OSError, SafetensorError)
 """What reading an index or tensors that say absurd things may raise."""
 _DTYPES = {
     "bool": "BOOL",
@@ -104,7 +94,9 @@ class Saved:
             whole.parts.sort(key=lambda part: (part.start, part.stop))
             ends = [0, *(part.stop for part in whole.parts)]
             if ends[:-1] != [part.start for part in whole.parts] or ends[-1] != math.prod(whole.shape):
-                raise ValueError(f"{self.path} does not hold all of {model}'s {name} ({kind}): {REMOVE}.")
+                raise ValueError(
+                    f"{self.path} does not hold all of {printable(model)}'s {printable(name)} ({printable(kind)}): {REMOVE}."
+                )
 
     def _add(self, rank: int, key: str, entry: Mapping[str, Any]) -> None:
         if not entry["model"]:
@@ -142,7 +134,7 @@ class Saved:
                 try:
                     kept = self._open(part.rank).get_slice(part.key)
                     out[first - start : last - start] = kept[first - part.start : last - part.start]
-                except (SafetensorError, *DAMAGE) as error:
+                except DAMAGE as error:
                     raise self._unreadable(part.rank, error) from error
         return out
 
@@ -155,7 +147,7 @@ class Saved:
         """`own` of a rank, or `shared` of all."""
         try:
             return _rebuilt(self.about[rank][kind], self._open(rank))
-        except (SafetensorError, *DAMAGE) as error:
+        except DAMAGE as error:
             raise self._unreadable(rank, error) from error
 
     def buffers(self) -> dict[str, dict[str, dict[str, Tensor]]]:
@@ -175,7 +167,7 @@ class Saved:
         if rank not in self._opened:
             try:
                 self._opened[rank] = self._stack.enter_context(safe_open(self._file(rank), "pt"))
-            except (SafetensorError, *DAMAGE) as error:
+            except DAMAGE as error:
                 raise self._unreadable(rank, error) from error
         return self._opened[rank]
 
