@@ -94,9 +94,8 @@ class Saved:
             whole.parts.sort(key=lambda part: (part.start, part.stop))
             ends = [0, *(part.stop for part in whole.parts)]
             if ends[:-1] != [part.start for part in whole.parts] or ends[-1] != math.prod(whole.shape):
-                raise ValueError(
-                    f"{self.path} does not hold all of {printable(model)}'s {printable(name)} ({printable(kind)}): {REMOVE}."
-                )
+                what = printable(f"{model}'s {name} ({kind})")
+                raise ValueError(f"{self.path} does not hold all of {what}: {REMOVE}.")
 
     def _add(self, rank: int, key: str, entry: Mapping[str, Any]) -> None:
         if not entry["model"]:
