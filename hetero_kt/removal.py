@@ -6,6 +6,7 @@ removed with what lies in it, and a file goes only if its name is one that is wr
 
 from __future__ import annotations
 
+import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -35,20 +36,21 @@ def is_folder(path: Path) -> bool:
 
 
 def remove_written(folder: Path, names: tuple[str, ...]) -> bool:
-    """Remove the files in `folder` whose names match, then the folder if it is empty; True if it is gone.
+    """Remove the files in `folder` whose names match, and the folder if nothing else lies in it; True if it is gone.
 
     Raises:
         OSError: something cannot be removed.
     """
     if not is_folder(folder):
         return not (folder.exists() or folder.is_symlink())
+    others = strangers(folder, names)
+    if not others:
+        shutil.rmtree(folder)
+        return True
     for path in folder.iterdir():
-        if any(fnmatchcase(path.name, name) for name in names) and path.is_file() and not path.is_symlink():
+        if path.name not in others:
             path.unlink(missing_ok=True)
-    if any(folder.iterdir()):
-        return False
-    folder.rmdir()
-    return True
+    return False
 
 
 def strangers(folder: Path, names: tuple[str, ...]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import yaml
 
-from hetero_kt import cli, intent, options
+from hetero_kt import cli, intent, options, start
 from hetero_kt import folder as folders
 from hetero_kt.config import Recipe, check_names, read_recipe, to_yaml
 from hetero_kt.distributed import layout
@@ -224,6 +224,24 @@ def test_never_survives_a_start_that_died_and_not_one_that_was_refused(ranks: An
     assert ranks(1).run(dies, recipe, Options(resume="never"), False) == ["Killed"]
     assert intent.read(run_folder(recipe)) == intent.Intent("never")
     assert tiny.train(ranks(1), recipe)[0]["first_step"] == 0
+
+
+def test_a_batch_jobs_first_look_notes_never_before_any_rank_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ranks may die before they reach the folder, and a restart of it is given `--resume auto`."""
+    recipe = tiny.recipe(tmp_path)
+    folder = run_folder(recipe)
+    checkpoint(folder / "checkpoints", 6)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    (folder / "result.json").write_text('{"steps": 6}')
+    variants = {"default": lambda: recipe}
+    for resume, told in (("auto", []), ("never", ["--resume never"]), ("auto", ["--resume never"])):
+        start._show_unfinished(recipe, Options(resume=resume), variants)
+        *lines, count = capsys.readouterr().out.splitlines()
+        assert lines == [f"unfinished: {folder} {how}" for how in told]
+        assert count == f"unfinished runs: {len(told)}"
+    assert at(recipe, "auto") == (None, 0, "never")
 
 
 # --- seeds ---

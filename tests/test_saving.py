@@ -367,10 +367,10 @@ def without_room(base: Any, name: str) -> str:
         if name == "tensorboard, later":
             patch.setattr(log.SummaryWriter, "add_scalar", no_space)
         if name == "export/resnet":
-            patch.setattr(trainer, "save_file", no_space)
+            patch.setattr(trainer, "save_tensors", no_space)
         if name == "result.json":
-            write = folders._write_whole
-            patch.setattr(folders, "_write_whole", lambda p, t: no_space() if p.name == name else write(p, t))
+            write = folders.write_whole
+            patch.setattr(folders, "write_whole", lambda p, t: no_space() if p.name == name else write(p, t))
         try:
             tiny._train(base, Options(), tiny.Plan())
         except (Unwritable, UserError) as error:

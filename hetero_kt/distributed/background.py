@@ -49,6 +49,7 @@ class Background(ABC):
         self._ended.wait()
 
     def _work(self) -> None:
+        threading.current_thread().name = type(self).__name__.strip("_").lower()  # as a debugger shows it
         try:
             self._begun.set()
             self.run()

@@ -73,6 +73,7 @@ class Saved:
             for rank in range(self.ranks):
                 self._read_index(rank)
             self._check_ranges()
+            self._check_files()
         except BaseException:
             self._stack.close()
             raise
@@ -97,6 +98,20 @@ class Saved:
                 what = printable(f"{model}'s {name} ({kind})")
                 raise ValueError(f"{self.path} does not hold all of {what}: {REMOVE}.")
 
+    def _check_files(self) -> None:
+        """Compare the files with what their index says, before anything of that size is allocated."""
+        for whole in self.wholes.values():
+            wanted = _DTYPES[str(whole.dtype).removeprefix("torch.")]
+            for part in whole.parts:
+                try:
+                    kept = self._open(part.rank).get_slice(part.key)
+                    if kept.get_shape() != [part.stop - part.start]:
+                        raise ValueError(f"{part.key} has another size than its index says")
+                    if kept.get_dtype() != wanted:
+                        raise ValueError(f"{part.key} has another dtype than its index says")
+                except DAMAGE as error:
+                    raise self._unreadable(part.rank, error) from error
+
     def _add(self, rank: int, key: str, entry: Mapping[str, Any]) -> None:
         if not entry["model"]:
             return  # of a tree, which knows its tensors
@@ -110,10 +125,6 @@ class Saved:
         whole = self.wholes.setdefault((entry["model"], entry["kind"], entry["name"]), _Whole(shape, kind, []))
         if (whole.shape, whole.dtype) != (shape, kind):
             raise ValueError(f"{key} is of another shape or dtype than other ranks say")
-        # Asked of the file before anything of that size is allocated.
-        kept = self._open(rank).get_slice(key)
-        if kept.get_shape() != [stop - start] or kept.get_dtype() != _DTYPES[dtype]:
-            raise ValueError(f"{key} has another size or dtype than its index says")
         whole.parts.append(_Part(start, stop, rank, key))
 
     def __enter__(self) -> Saved:
