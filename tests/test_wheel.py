@@ -187,6 +187,7 @@ def test_the_tests_of_the_sdist_run(distributions: tuple[Path, Path], python: Pa
         archive.extractall(tmp_path, filter="data")
     (folder,) = tmp_path.iterdir()
     chosen = ("tests/test_adapter.py", "tests/test_engine.py", "tests/test_cli.py")
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    # -P: the installed package, not the folder that lies here.
+    command = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr
