@@ -50,7 +50,10 @@ def write(checkpoint: Path, to: Path | None = None) -> list[Path]:
             for name in recipe.models:
                 module, loaders = _whatever_it_takes(recipe, name)
                 for view, state in _views(saved, name):
-                    check_finite(state, f"{checkpoint} is of a run that had diverged")
+                    # A buffer may be infinite by its nature; a weight may not.
+                    weights = SavedModel(saved, name).shapes
+                    asked = {key: value for key, value in state.items() if key in weights or bool(value.isnan().any())}
+                    check_finite(asked, f"{checkpoint} is of a run that had diverged")
                     plain = {key: value.contiguous() for key, value in plain_state_dict(state).items()}
                     parts.write_model(recipe, loaders, name, module, plain, to / view)
                     one, in_folder = to / f"{view}.safetensors", to / view / "model.safetensors"

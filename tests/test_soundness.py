@@ -162,6 +162,23 @@ def test_a_gradient_that_is_not_finite_teaches_an_adapter_nothing(optim: Optim, 
     assert all(torch.equal(ours, before) for ours, before in zip(held(), learnt, strict=True))
 
 
+def test_a_mask_of_minus_infinity_is_sound(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(1).run(masked, tiny.with_average(tiny.recipe(tmp_path, steps=2, save_every=1))) == [True]
+
+
+def masked(base: Recipe) -> bool:
+    build = models.build
+
+    def with_mask(*args: Any, **options: Any) -> nn.Module:
+        model = build(*args, **options)
+        model.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "build", with_mask)
+        return bool(pickle.loads(tiny._train(base, Options(), Plan())).get("done"))
+
+
 def test_an_embedding_that_is_not_finite_leaves_its_sample_in_memory_as_it_was() -> None:
     memory = Memory(5, 3, momentum=0.5, seed=0)
     before = [side.clone() for side in memory.sides]

@@ -21,7 +21,7 @@ import contextlib
 import random
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class Checkpoints:
                 _make_room(target)
         entries, about = state.written(rank)
         with agreed():  # a rank without memory for it must not leave the others waiting
-            self._writing = writing = _Writing(target, rank, self._host.copy(entries), about)
+            self._writing = writing = _Writing(target, rank, self._host.copy(entries), about, state.exempt)
         writing.stall = time.perf_counter() - began
         return before
 
@@ -175,6 +175,13 @@ class _State:
         self.learners, self.shared = learners, shared
         self.own = {"models": {name: learner.own() for name, learner in learners.items()}}
         self.pieces = [entry for name, learner in learners.items() for entry in learner.entries(name)]
+        self.exempt = {
+            f"own/models/{name}/{kind}/{buffer}"
+            for name, learner in learners.items()
+            for kind in ("buffers", "unsaved", "averages")
+            for buffer in learner.infinite
+        }
+        """Keys of entries that need not be finite."""
 
     def raise_if_not_finite(self, device: torch.device) -> None:
         """Collective.
@@ -183,6 +190,7 @@ class _State:
             NotFinite: with the name of the first tensor of the first rank that has one.
         """
         held = [*self.pieces, *layout.leaves(self.own, "own"), *layout.leaves(dict(self.shared), "shared")]
+        held = [entry for entry in held if entry.key not in self.exempt]
         tensors = [entry.tensor for entry in held]
         sound = look_finite(tensors, device).to(torch.int32)
         dist.all_reduce(sound, op=dist.ReduceOp.MIN)
@@ -243,8 +251,11 @@ class _Pruning(Background):
 class _Writing(Background):
     """Writes one rank's files; joined before its results are looked at. Starts at once."""
 
-    def __init__(self, target: Path, rank: int, entries: Sequence[Entry], about: Mapping[str, Any]) -> None:
+    def __init__(
+        self, target: Path, rank: int, entries: Sequence[Entry], about: Mapping[str, Any], exempt: Set[str]
+    ) -> None:
         super().__init__()
+        self.looked_at = [entry for entry in entries if entry.key not in exempt]
         self.target, self.rank, self.entries, self.about = target, rank, entries, about
         self.files: dict[str, Any] = {}
         self.not_finite = ""
@@ -255,11 +266,11 @@ class _Writing(Background):
     def run(self) -> None:
         began = time.perf_counter()
         try:
-            bad = first_not_finite([entry.tensor for entry in self.entries])
+            bad = first_not_finite([entry.tensor for entry in self.looked_at])
             if bad is None:
                 self.files = layout.write_rank(self.target, self.rank, self.entries, self.about)
             else:
-                self.not_finite = _called(self.entries[bad])
+                self.not_finite = _called(self.looked_at[bad])
             self.problem = ""
         except (OSError, SafetensorError) as error:
             self.problem = str(Unwritable(f"the checkpoint {self.target}", error))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hetero_kt.distributed.pieces import Piece, pieces
+from hetero_kt.nn.soundness import infinite
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -49,6 +50,8 @@ class EMA:
         self._buffer_averages = {
             name: buffer.detach().to(_wide(buffer.dtype), copy=True) for name, buffer in self._buffers.items()
         }
+        # A mean of infinities is no number: such a buffer, a mask of attention, is copied.
+        self._infinite = infinite(self._buffers)
         self._in_use = False
 
     @torch.no_grad()
@@ -59,9 +62,10 @@ class EMA:
         own = [(average, piece.master()) for average, piece in zip(self._averages, self._pieces, strict=True)]
         _approach([(average, master) for average, master in own if master.numel()], weight)
         buffers = [(self._buffer_averages[name], buffer) for name, buffer in self._buffers.items()]
-        _approach([(average, b.to(average.dtype)) for average, b in buffers if b.is_floating_point()], weight)
-        for average, buffer in buffers:
-            if not buffer.is_floating_point():
+        moves = [b.is_floating_point() and name not in self._infinite for name, b in self._buffers.items()]
+        _approach([(a, b.to(a.dtype)) for (a, b), moving in zip(buffers, moves, strict=True) if moving], weight)
+        for (average, buffer), moving in zip(buffers, moves, strict=True):
+            if not moving:
                 average.copy_(buffer)
         self.updates += 1
 

@@ -16,6 +16,7 @@ from hetero_kt.distributed.engine import build_engine
 from hetero_kt.distributed.layout import Entry
 from hetero_kt.distributed.pieces import Piece, fill, pieces, rates, refresh, set_rates
 from hetero_kt.distributed.saved import SavedModel
+from hetero_kt.nn.soundness import infinite
 from hetero_kt.optimizer import Rates
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Learner:
     def __init__(self, engine: DeepSpeedEngine, schedule: Rates, average: EMA | None = None) -> None:
         self.engine, self.schedule, self.average = engine, schedule, average
         self.pieces = pieces(engine)
+        self.infinite = infinite(dict(engine.module.named_buffers()))
+        """Buffers that are not finite from the beginning, and may be so in a checkpoint."""
 
     def begin(self, step: int) -> None:
         """Set the learning rate of optimizer step `step`."""

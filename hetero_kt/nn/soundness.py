@@ -36,6 +36,11 @@ def first_not_finite(tensors: Sequence[Tensor]) -> int | None:
     return next((i for i, tensor in enumerate(tensors) if not bool(tensor.isfinite().all())), None)
 
 
+def infinite(buffers: Mapping[str, Tensor]) -> frozenset[str]:
+    """Names of buffers that are not finite by their nature: a mask of attention may hold minus infinity."""
+    return frozenset(name for name, buffer in buffers.items() if first_not_finite([buffer]) is not None)
+
+
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuse weights that hold NaN or an infinity: what starts from them, or is taught by them, never recovers.
 
