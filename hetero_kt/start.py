@@ -119,7 +119,8 @@ def _show_unfinished(recipe: Recipe, options: Options, variants: Mapping[str, Ca
     for one in (*runs_before(recipe, options, variants), *runs(recipe, options)):
         folder = run_folder(one)
         last = min(one.steps, options.max_steps or one.steps) if one.name == recipe.name else one.steps
-        if options.resume != "auto" and one.name == recipe.name:
+        # --debug begins anew at every start, and asks for that by itself: there is nothing to remember.
+        if options.resume != "auto" and not options.debug and one.name == recipe.name:
             note_intent(folder, options.resume)
         if (resume := asked(folder)) != "auto":
             print(f"unfinished: {folder} --resume {resume}", flush=True)

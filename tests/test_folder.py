@@ -244,6 +244,19 @@ def test_a_batch_jobs_first_look_notes_never_before_any_rank_starts(
     assert at(recipe, "auto") == (None, 0, "never")
 
 
+def test_a_look_at_a_debug_run_notes_nothing_so_that_a_finished_one_stays_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--debug means --resume never at every start, also at the look that follows the run."""
+    recipe = tiny.recipe(tmp_path)
+    folder = run_folder(recipe)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"steps": 6}')
+    start._show_unfinished(recipe, Options(resume="never", debug=True), {"default": lambda: recipe})
+    assert capsys.readouterr().out == "unfinished runs: 0\n"
+    assert intent.read(folder) is None
+
+
 # --- seeds ---
 
 
