@@ -297,6 +297,25 @@ def refused(base: Recipe) -> str:
     return str(error.value)
 
 
+def lost(folder: str, pictures: Data) -> tuple[str, int]:
+    """What is said of a teacher whose answers are NaN, and how many shards it has left."""
+    teacher, loader = teacher_and_loader(pictures)
+    store = store_of(folder, loader, 1)
+    with torch.no_grad():
+        next(iter(teacher.module.parameters())).fill_(torch.nan)
+    try:
+        fill(store, teacher, loader, here(), 8, torch.float32)
+    except ValueError as error:
+        return str(error), store.shards - len(store.missing())
+    return "", 0
+
+
+def test_logits_that_are_not_finite_are_not_stored(ranks: Any, tmp_path: Path) -> None:
+    ((said, kept),) = ranks(1).run(lost, str(tmp_path), Data("generated", batch=8, augment=()))
+    assert "are not finite" in said
+    assert kept == 0
+
+
 def test_shards_and_their_note_are_on_the_disk_before_their_names(tmp_path: Path, monkeypatch: Any) -> None:
     synchronised: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synchronised.append(os.readlink(f"/proc/self/fd/{descriptor}")))

@@ -121,6 +121,8 @@ class Store:
             raise ValueError(f"{file} is of another store: remove it, and it is computed again.")
         if whole and note.get("checksum") != _checksum(logits):
             raise ValueError(f"{file} is damaged (its checksum differs): remove it, and it is computed again.")
+        if whole and not bool(logits.isfinite().all()):
+            raise ValueError(f"{file} holds logits that are not finite: use another teacher, and remove {self.folder}.")
         return logits
 
     def write(self, i: int, logits: Tensor) -> None:
@@ -209,7 +211,9 @@ def fill(store: Store, teacher: Frozen, loader: Any, ranks: Ranks, rows: int, dt
             try:
                 if ranks.first and not start:
                     store.sign()
-                if ranks.rank < len(turn):
+                if not bool(logits.isfinite().all()):  # nothing is kept that would teach every run NaN
+                    problem = f"the teacher's logits for shard {shard} of {store.folder} are not finite"
+                elif ranks.rank < len(turn):
                     store.write(shard, logits)
             except OSError as error:
                 problem = f"{error.filename or store.folder} cannot be written ({error.strerror or error})"
