@@ -50,6 +50,8 @@ def read_bytes(path: str | Path, most: int = MOST) -> bytes:
         return read_regular(path, most)
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # a file lies where its folder should be
+        raise FileNotFoundError(*error.args) from error
     except OSError as error:
         raise ValueError(error.strerror or first_line(error)) from error
 

@@ -165,7 +165,7 @@ def test_options_in_tables_exist() -> None:
 def test_every_command_of_hetero_kt_has_options_that_exist() -> None:
     commands = [line for line in LINES if line.startswith("hetero-kt ")]
     commands += re.findall(r"^\$ (hetero-kt .*)$", TEXT.replace("\\\n", " "), re.MULTILINE)
-    known = {"plan", "sites", "report", "table", "export", "shards", "features", "ask"}
+    known = {"recipes", "plan", "sites", "report", "table", "export", "shards", "features", "ask"}
     assert {command.split()[1] for command in commands} == known
     for command in commands:
         cli._parser().parse_args(shlex.split(command)[1:])
