@@ -126,9 +126,9 @@ def test_a_killed_start_that_left_half_a_recipe_cannot_happen(ranks: Any, tmp_pa
     folder = run_folder(recipe)
     folder.mkdir(parents=True)
     (folder / "recipe.yaml.part").write_text("name: ti")
-    (folder / "metrics.part").write_text('{"st')
+    (folder / "metrics.jsonl.part").write_text('{"st')
     assert tiny.train(ranks(1), recipe)[0]["done"]
-    assert {"recipe.yaml.part", "metrics.part"}.isdisjoint(path.name for path in folder.iterdir())
+    assert {"recipe.yaml.part", "metrics.jsonl.part"}.isdisjoint(path.name for path in folder.iterdir())
 
 
 def test_a_finished_run_is_not_run_again_and_a_stopped_ones_result_does_not_outlive_it(

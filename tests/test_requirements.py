@@ -52,6 +52,8 @@ def test_every_import_is_declared() -> None:
 
 def test_every_dependency_has_a_floor_and_a_private_interface_has_a_ceiling() -> None:
     for requirement in DECLARED.values():
+        if requirement.name == "hetero-kt":  # an extra that includes another
+            continue
         assert ">=" in {one.operator for one in requirement.specifier}, requirement
     private = {name.partition(".")[0] for _, name in imported() if "._" in name}
     assert private >= {"timm", "torch"}, "the two that are known are found"
