@@ -21,7 +21,11 @@ TOP = Path(__file__).parents[1]
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 OPTIONAL = PROJECT["optional-dependencies"]
 USERS = [one for name, group in OPTIONAL.items() if name not in ("test", "dev", "bench") for one in group]
-DECLARED = {canonicalize_name(one.name): one for one in map(Requirement, [*PROJECT["dependencies"], *USERS])}
+DECLARED = {
+    canonicalize_name(one.name): one
+    for one in map(Requirement, [*PROJECT["dependencies"], *USERS])
+    if one.name != PROJECT["name"]  # an extra that brings another
+}
 
 
 @cache
