@@ -109,8 +109,8 @@ def test_a_shipped_config_trains_like_a_plain_process(ranks: Any, name: str, pre
 
 
 def test_what_ships_is_what_is_tested() -> None:
-    assert {path.stem for path in CONFIGS.iterdir()} == {"zero0", "zero3_frozen", *TRAINED}
-    for path in CONFIGS.iterdir():
+    assert {path.stem for path in CONFIGS.glob("*.json")} == {"zero0", "zero3_frozen", *TRAINED}
+    for path in CONFIGS.glob("*.json"):
         assert zero_block(f"ds_configs/{path.name}") == json.loads(path.read_text()), "blocks only"
 
 
