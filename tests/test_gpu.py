@@ -295,7 +295,9 @@ def test_a_compiled_adapter_proposes_and_learns_what_the_plain_one_does(on: Any,
         moved = max((value - begun[key]).abs().max() for key, value in state.items())
         assert moved > 0, "it learns, or two would be alike without"
         for key, value in state.items():
-            assert (ended[key] - value).abs().max() < close * moved, key
+            # Two updates, each of which rounds the weight that it is added to: that is far larger than what moves it.
+            rounded = 2 * torch.finfo(value.dtype).eps * value.abs().max()
+            assert (ended[key] - value).abs().max() < close * moved + rounded, key
 
 
 # --- whole runs ---
